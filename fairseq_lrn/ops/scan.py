@@ -1,0 +1,143 @@
+"""The LRN recurrence as one operator."""
+
+import warnings
+from typing import Optional
+
+import torch
+from torch import Tensor
+
+from ._library import load_library
+from .reference import lrn_scan_reference
+
+_scan = torch.ops.fairseq_lrn.lrn_scan if load_library() else lrn_scan_reference
+
+
+def lrn_scan(
+    projections: Tensor,
+    initial_state: Optional[Tensor] = None,
+    padding_mask: Optional[Tensor] = None,
+    activation: str = "tanh",  # this and the rest by keyword; TorchScript has no keyword-only ones
+    output_gate: bool = False,
+    reverse: bool = False,
+    bidirectional: bool = False,
+) -> Tensor:
+    r"""Run the recurrence of a Lightweight Recurrent Network over a batch of sequences.
+
+    Zhang and Sennrich, *A Lightweight Recurrent Network for Sequence Modeling*, ACL 2019, section 3: with
+    q, k and v linear projections of the input, computed for all time steps beforehand,
+
+    .. math::
+        i_t &= \sigma(k_t + h_{t-1}) \\
+        f_t &= \sigma(q_t - h_{t-1}) \\
+        c_t &= g(i_t \odot v_t + f_t \odot h_{t-1}) \\
+        h_t &= c_t, \text{ or with an output gate (oLRN) } \sigma(o_t - c_t) \odot c_t
+
+    Where ``padding_mask`` is True, :math:`h_t = h_{t-1}` and the projections are not read.
+
+    Differentiable once in ``projections`` and ``initial_state``; TorchScript and ``torch.compile`` take it
+    as one operator. The state is kept in float32 (float64 for float64 input) whatever the tensors hold.
+
+    Args:
+        projections: (T, B, 3·D), q | k | v along the last axis, or (T, B, 4·D), q | k | v | o, with
+            ``output_gate``; float16, bfloat16, float32 or float64, any strides. T and B may be 0.
+        initial_state: (B, D), of projections' dtype (under autocast it is cast); zeros if None.
+        padding_mask: (B, T) bool, True at padding, which may be anywhere.
+        activation: g, "tanh" or "identity".
+        output_gate: whether projections hold the output gate's o.
+        reverse: whether time runs from T-1 to 0; the result's order is still the input's.
+        bidirectional: run both directions: the last axis of projections holds the forward direction's
+            q | k | v (| o) and then the backward direction's; initial_state and the result are (B, 2·D) and
+            (T, B, 2·D), forward | backward.
+
+    Returns:
+        (T, B, D), or (T, B, 2·D) if bidirectional: every state, in projections' dtype.
+
+    Raises:
+        TypeError: a dtype is not one of the above, or initial_state's differs from projections'.
+        ValueError: a shape, a device, or activation is not one of the above, or reverse and bidirectional are
+            both given.
+    """
+    if activation != "tanh" and activation != "identity":
+        raise ValueError(f"activation must be 'tanh' or 'identity', but is '{activation}'")
+    if reverse and bidirectional:
+        raise ValueError("reverse must be False with bidirectional, which runs both directions")
+    dtype = projections.dtype
+    if (
+        dtype != torch.float32
+        and dtype != torch.float16
+        and dtype != torch.bfloat16
+        and dtype != torch.float64
+    ):
+        raise TypeError(f"projections must be float16, bfloat16, float32 or float64, but is {dtype}")
+    if projections.dim() != 3:
+        raise ValueError(f"projections must be (T, B, width), but has shape {list(projections.shape)}")
+    steps, batch, width = projections.shape
+    parts = 4 if output_gate else 3
+    directions = 2 if bidirectional else 1
+    if width % (parts * directions) != 0:
+        raise ValueError(
+            f"projections must have a last axis that is a multiple of {parts * directions} ({parts} parts, "
+            f"{directions} direction(s)), but has shape {list(projections.shape)}"
+        )
+    if initial_state is not None:
+        if list(initial_state.shape) != [batch, width // parts]:
+            raise ValueError(
+                f"initial_state must have shape {[batch, width // parts]} to fit projections of shape "
+                f"{list(projections.shape)}, but has {list(initial_state.shape)}"
+            )
+        if initial_state.device != projections.device:
+            raise ValueError(
+                f"initial_state must be on projections' device {projections.device}, but is on "
+                f"{initial_state.device}"
+            )
+        if initial_state.dtype != dtype and not _autocast(projections):
+            raise TypeError(f"initial_state must be {dtype} as projections, but is {initial_state.dtype}")
+    if padding_mask is not None:
+        if padding_mask.dtype != torch.bool:
+            raise TypeError(f"padding_mask must be bool, but is {padding_mask.dtype}")
+        if list(padding_mask.shape) != [batch, steps]:
+            raise ValueError(
+                f"padding_mask must have shape {[batch, steps]} (batch, time) to fit projections of shape "
+                f"{list(projections.shape)}, but has {list(padding_mask.shape)}"
+            )
+        if padding_mask.device != projections.device:
+            raise ValueError(
+                f"padding_mask must be on projections' device {projections.device}, but is on "
+                f"{padding_mask.device}"
+            )
+    if projections.device.type == "cpu" or projections.device.type == "meta":
+        return _scan(
+            projections,
+            initial_state,
+            padding_mask,
+            activation=activation,
+            output_gate=output_gate,
+            reverse=reverse,
+            bidirectional=bidirectional,
+        )
+    _warn_no_kernel(projections)
+    return lrn_scan_reference(
+        projections,
+        initial_state,
+        padding_mask,
+        activation=activation,
+        output_gate=output_gate,
+        reverse=reverse,
+        bidirectional=bidirectional,
+    )
+
+
+def _autocast(x: Tensor) -> bool:
+    if torch.jit.is_scripting():
+        return True  # TorchScript cannot ask; the operator itself checks
+    else:
+        return torch.is_autocast_enabled(x.device.type)
+
+
+def _warn_no_kernel(x: Tensor) -> None:
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out the body of just this form
+        if not torch.compiler.is_compiling():
+            warnings.warn(
+                f"lrn_scan has no kernel for {x.device.type} yet; the much slower PyTorch definition is used",
+                stacklevel=3,
+            )
