@@ -1,0 +1,5 @@
+"""Recurrent units as ``nn.Module``s."""
+
+from .lrn import LRN
+
+__all__ = ["LRN"]
