@@ -1,0 +1,161 @@
+"""The decoder of the ``lrn`` model."""
+
+import math
+from typing import Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from fairseq.models import FairseqIncrementalDecoder
+from fairseq.modules import AdaptiveSoftmax, FairseqDropout, LayerNorm
+from torch import Tensor
+
+from .lrn_layers import LRNDecoderLayer
+
+
+class LRNDecoder(FairseqIncrementalDecoder):
+    """Embeddings and ``cfg.decoder_layers`` blocks of LRN, attention over the encoder and feed-forward.
+
+    While decoding a sentence word by word it keeps one (B, C) state a layer.
+
+    Args:
+        cfg: an :class:`~fairseq_lrn.models.lrn.LRNConfig`
+        dictionary: the target :class:`~fairseq.data.Dictionary`
+        embed_tokens: ``nn.Embedding`` of width ``cfg.decoder_embed_dim``
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens):
+        super().__init__(dictionary)
+        embed_dim = cfg.decoder_embed_dim
+        self.embed_tokens = embed_tokens
+        self.padding_idx = embed_tokens.padding_idx
+        self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(embed_dim)
+        self.max_target_positions = cfg.max_target_positions
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.layers = nn.ModuleList([LRNDecoderLayer(cfg) for _ in range(cfg.decoder_layers)])
+        self.num_layers = len(self.layers)
+        self.layer_norm = LayerNorm(embed_dim)
+
+        self.adaptive_softmax = None
+        self.output_projection = None
+        if cfg.adaptive_softmax_cutoff is not None:
+            self.adaptive_softmax = AdaptiveSoftmax(
+                len(dictionary),
+                embed_dim,
+                cfg.adaptive_softmax_cutoff,
+                dropout=cfg.adaptive_softmax_dropout,
+                factor=cfg.adaptive_softmax_factor,
+            )
+        else:
+            self.output_projection = nn.Linear(embed_dim, len(dictionary), bias=False)
+            if cfg.share_decoder_input_output_embed:
+                self.output_projection.weight = embed_tokens.weight
+            else:
+                nn.init.normal_(self.output_projection.weight, mean=0, std=embed_dim**-0.5)
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        features_only: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
+    ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
+        """Predict each next token.
+
+        Args:
+            prev_output_tokens: (B, T) token ids; with ``incremental_state`` only the last one is read
+            encoder_out: what :class:`~fairseq_lrn.models.lrn_encoder.LRNEncoder` returns
+            incremental_state: keeps the states between calls that decode word by word
+            features_only: return features (B, T, C) instead of scores
+            alignment_layer: whose attention to return (default: the last layer's)
+            alignment_heads: average over this many heads (default: all)
+
+        Returns:
+            scores (B, T, V), and a dictionary with ``attn``: [(B, T, S), averaged over heads], [None] while
+            training
+        """
+        x, extra = self.extract_features(
+            prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
+        )
+        if not features_only:
+            x = self.output_layer(x)
+        return x, extra
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]],
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
+    ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
+        """As :meth:`forward`, but return features (B, T, C) instead of scores."""
+        assert encoder_out is not None
+        encoder_x = encoder_out["encoder_out"][0]
+        encoder_padding_mask: Optional[Tensor] = None
+        if len(encoder_out["encoder_padding_mask"]) > 0:
+            encoder_padding_mask = encoder_out["encoder_padding_mask"][0]
+        if alignment_layer is None:
+            alignment_layer = self.num_layers - 1
+
+        states: Optional[Tensor] = None
+        padding_mask: Optional[Tensor] = None
+        if incremental_state is not None:
+            prev_output_tokens = prev_output_tokens[:, -1:]
+            saved = self.get_incremental_state(incremental_state, "states")
+            if saved is not None:
+                states = saved["states"]
+        else:
+            mask = prev_output_tokens.eq(self.padding_idx)
+            if bool(mask.any()):
+                padding_mask = mask
+
+        x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
+
+        attn: Optional[Tensor] = None
+        new_states: List[Tensor] = []
+        for i, layer in enumerate(self.layers):
+            x, state, layer_attn = layer(
+                x,
+                encoder_x,
+                encoder_padding_mask,
+                states[i : i + 1] if states is not None else None,
+                padding_mask,
+                incremental_state,
+                i == alignment_layer and not self.training,
+            )
+            new_states.append(state)
+            if layer_attn is not None and i == alignment_layer:
+                attn = layer_attn
+        if incremental_state is not None:
+            self.set_incremental_state(incremental_state, "states", {"states": torch.cat(new_states)})
+        if attn is not None:
+            if alignment_heads is not None:
+                attn = attn[:alignment_heads]
+            attn = attn.mean(dim=0)
+
+        x = self.layer_norm(x).transpose(0, 1)
+        return x, {"attn": [attn]}
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
+        if self.output_projection is None:
+            return features
+        return self.output_projection(features)
+
+    @torch.jit.export
+    def reorder_incremental_state(
+        self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
+    ) -> Optional[Dict[str, Dict[str, Optional[Tensor]]]]:
+        """Follow the beam: pick the states of the hypotheses ``new_order`` (B',)."""
+        saved = self.get_incremental_state(incremental_state, "states")
+        if saved is not None:
+            states = saved["states"]
+            assert states is not None
+            saved["states"] = states.index_select(1, new_order)
+        return incremental_state
+
+    def max_positions(self) -> int:
+        """Maximum target length in tokens."""
+        return self.max_target_positions

@@ -1,0 +1,73 @@
+"""The encoder of the ``lrn`` model."""
+
+import math
+from typing import Dict, List, Optional
+
+import torch
+import torch.nn as nn
+from fairseq.models import FairseqEncoder
+from fairseq.modules import FairseqDropout, LayerNorm
+from torch import Tensor
+
+from .lrn_layers import LRNEncoderLayer
+
+
+class LRNEncoder(FairseqEncoder):
+    """Embeddings and ``cfg.encoder_layers`` blocks of bidirectional LRN and feed-forward.
+
+    No position is embedded: the recurrence knows the order.
+
+    Args:
+        cfg: an :class:`~fairseq_lrn.models.lrn.LRNConfig`
+        dictionary: the source :class:`~fairseq.data.Dictionary`
+        embed_tokens: ``nn.Embedding`` of width ``cfg.encoder_embed_dim``
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens):
+        super().__init__(dictionary)
+        self.embed_tokens = embed_tokens
+        self.padding_idx = embed_tokens.padding_idx
+        self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(cfg.encoder_embed_dim)
+        self.max_source_positions = cfg.max_source_positions
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.layers = nn.ModuleList([LRNEncoderLayer(cfg) for _ in range(cfg.encoder_layers)])
+        self.layer_norm = LayerNorm(cfg.encoder_embed_dim)
+
+    def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
+        """Encode a batch of sentences, padded on the left or on the right.
+
+        Args:
+            src_tokens: (B, S) token ids
+            src_lengths: not used, the padding is read off ``src_tokens``
+
+        Returns:
+            ``encoder_out`` [(S, B, C)] and ``encoder_padding_mask`` [(B, S)], True at padding, [] without any
+        """
+        padding_mask = src_tokens.eq(self.padding_idx)
+        has_pads = bool(padding_mask.any())
+        x = self.dropout_module(self.embed_scale * self.embed_tokens(src_tokens.t()))
+        for layer in self.layers:
+            x = layer(x, padding_mask if has_pads else None)
+        return {
+            "encoder_out": [self.layer_norm(x)],
+            "encoder_padding_mask": [padding_mask] if has_pads else [],
+        }
+
+    @torch.jit.export
+    def reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
+        """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (B',)."""
+        return {
+            "encoder_out": [x.index_select(1, new_order) for x in encoder_out["encoder_out"]],
+            "encoder_padding_mask": [
+                x.index_select(0, new_order) for x in encoder_out["encoder_padding_mask"]
+            ],
+        }
+
+    @torch.jit.export
+    def _reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
+        """Keep one copy a sentence where attention shares it among the beams."""
+        return encoder_out
+
+    def max_positions(self) -> int:
+        """Maximum source length in tokens."""
+        return self.max_source_positions

@@ -1,0 +1,117 @@
+"""The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
+
+from typing import Dict, Optional, Tuple
+
+import torch.nn as nn
+from fairseq import utils
+from fairseq.models.transformer import Linear
+from fairseq.modules import FairseqDropout, LayerNorm, MultiheadAttention
+from torch import Tensor
+
+from ..modules import LRN
+
+
+class FeedForward(nn.Module):
+    """Two linear layers with an activation between them, on (T, B, C)."""
+
+    def __init__(self, embed_dim: int, ffn_embed_dim: int, cfg):
+        super().__init__()
+        self.fc1 = Linear(embed_dim, ffn_embed_dim)
+        self.fc2 = Linear(ffn_embed_dim, embed_dim)
+        self.activation_fn = utils.get_activation_fn(cfg.activation_fn)
+        self.activation_dropout_module = FairseqDropout(cfg.activation_dropout, self.__class__.__name__)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (T, B, C) to (T, B, C), each position by itself."""
+        return self.fc2(self.activation_dropout_module(self.activation_fn(self.fc1(x))))
+
+
+class LRNEncoderLayer(nn.Module):
+    """A bidirectional LRN and a feed-forward block, each x + dropout(f(norm(x)))."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        embed_dim = cfg.encoder_embed_dim
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.rnn_layer_norm = LayerNorm(embed_dim)
+        self.rnn = LRN(
+            embed_dim,
+            embed_dim,
+            bidirectional=True,
+            activation=str(cfg.cell_activation),
+            output_gate=cfg.cell == "olrn",
+        )
+        self.out_proj = Linear(2 * embed_dim, embed_dim)
+        self.final_layer_norm = LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, cfg.encoder_ffn_embed_dim, cfg)
+
+    def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        """Map (T, B, C) to (T, B, C); padding_mask (B, T) is True at padding."""
+        y, _ = self.rnn(self.rnn_layer_norm(x), None, padding_mask)
+        x = x + self.dropout_module(self.out_proj(y))
+        return x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
+
+
+class LRNDecoderLayer(nn.Module):
+    """An LRN, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
+
+    def __init__(self, cfg):
+        super().__init__()
+        embed_dim = cfg.decoder_embed_dim
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.rnn_layer_norm = LayerNorm(embed_dim)
+        self.rnn = LRN(
+            embed_dim, embed_dim, activation=str(cfg.cell_activation), output_gate=cfg.cell == "olrn"
+        )
+        self.encoder_attn_layer_norm = LayerNorm(embed_dim)
+        self.encoder_attn = MultiheadAttention(
+            embed_dim,
+            cfg.decoder_attention_heads,
+            kdim=cfg.encoder_embed_dim,
+            vdim=cfg.encoder_embed_dim,
+            dropout=cfg.attention_dropout,
+            encoder_decoder_attention=True,
+        )
+        self.final_layer_norm = LayerNorm(embed_dim)
+        self.ffn = FeedForward(embed_dim, cfg.decoder_ffn_embed_dim, cfg)
+
+    def forward(
+        self,
+        x: Tensor,
+        encoder_out: Tensor,
+        encoder_padding_mask: Optional[Tensor],
+        state: Optional[Tensor],
+        padding_mask: Optional[Tensor],
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]],
+        need_attn: bool,
+    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+        """Run one block.
+
+        Args:
+            x: (T, B, C)
+            encoder_out: (S, B, C_encoder)
+            encoder_padding_mask: (B, S), True at padding
+            state: the recurrence's state before the first step, (1, B, C), zeros if None
+            padding_mask: (B, T), True at padding
+            incremental_state: where attention keeps the encoder's keys and values while decoding
+            need_attn: return the attention weights
+
+        Returns:
+            output (T, B, C), state after the last step (1, B, C), attention weights (heads, B, T, S) or None
+        """
+        y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
+        x = x + self.dropout_module(y)
+        y, attn = self.encoder_attn(
+            query=self.encoder_attn_layer_norm(x),
+            key=encoder_out,
+            value=encoder_out,
+            key_padding_mask=encoder_padding_mask,
+            incremental_state=incremental_state,
+            # without it fairseq takes a faster way, which cannot tell the heads apart
+            static_kv=incremental_state is not None or need_attn,
+            need_weights=need_attn,
+            need_head_weights=need_attn,
+        )
+        x = x + self.dropout_module(y)
+        x = x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
+        return x, state, attn

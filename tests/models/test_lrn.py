@@ -1,0 +1,244 @@
+"""The lrn model as PyTorch sees it; test_commands.py runs it through fairseq's commands."""
+
+import argparse
+import types
+
+import pytest
+import torch
+from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY
+
+import fairseq_lrn  # noqa: F401
+from fairseq_lrn.models import LRNModel
+from fairseq_lrn.models.lrn import LRNConfig
+
+DEVICES = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+SMALL = dict(
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24,
+    encoder_layers=2,
+    decoder_embed_dim=16,
+    decoder_ffn_embed_dim=24,
+    decoder_layers=2,
+    decoder_attention_heads=2,
+)
+
+
+def dictionary(words=50, first="w"):
+    made = Dictionary()
+    for i in range(words):
+        made.add_symbol(f"{first}{i}")
+    return made
+
+
+def task(source=None, target=None):
+    source = source or dictionary()
+    return types.SimpleNamespace(source_dictionary=source, target_dictionary=target or source)
+
+
+def build(task_=None, device="cpu", **options):
+    torch.manual_seed(0)
+    config = LRNConfig(**{**SMALL, **options})
+    return LRNModel.build_model(config, task_ or task()).to(device).eval()
+
+
+def sentences(lengths, pad, left=False, seed=1):
+    """Random token ids (B, max(lengths)), each sentence ending with </s> (2), padded on one side."""
+    generator = torch.Generator().manual_seed(seed)
+    batch = torch.full((len(lengths), max(lengths)), pad)
+    for row, n in zip(batch, lengths):
+        words = torch.cat([torch.randint(4, 54, (n - 1,), generator=generator), torch.tensor([2])])
+        row[len(row) - n :] = words if left else row[len(row) - n :]
+        if not left:
+            row[:n] = words
+    return batch
+
+
+def architecture(name):
+    args = argparse.Namespace()
+    ARCH_CONFIG_REGISTRY[name](args)
+    return LRNConfig.from_namespace(args)
+
+
+@pytest.mark.parametrize("name", ["lrn", "lrn_iwslt_de_en"])
+def test_defaults_are_those_of_fairseqs_transformer(name):
+    theirs = argparse.Namespace()
+    ARCH_CONFIG_REGISTRY["transformer_iwslt_de_en"](theirs)
+    ours = vars(architecture(name))
+    shared = set(ours) & set(vars(theirs)) - {"_name"}
+    assert len(shared) > 15
+    assert {k: ours[k] for k in shared} == {k: getattr(theirs, k) for k in shared}
+
+
+def test_wmt_architecture_has_the_transformers_sizes():
+    theirs = argparse.Namespace()
+    ARCH_CONFIG_REGISTRY["transformer_wmt_en_de"](theirs)
+    ours = vars(architecture("lrn_wmt_en_de"))
+    shared = set(ours) & set(vars(theirs)) - {"_name"}
+    assert {k: ours[k] for k in shared} == {k: getattr(theirs, k) for k in shared}
+
+
+@pytest.mark.parametrize("name", ["iwslt_de_en", "wmt_en_de"])
+def test_olrn_architectures_differ_in_the_cell_only(name):
+    lrn, olrn = vars(architecture(f"lrn_{name}")), vars(architecture(f"olrn_{name}"))
+    assert {k for k in lrn if lrn[k] != olrn[k]} == {"cell"}
+
+
+def test_architecture_keeps_what_the_user_set():
+    args = argparse.Namespace(encoder_layers=3)
+    ARCH_CONFIG_REGISTRY["lrn_tiny"](args)
+    assert (args.encoder_layers, args.decoder_layers) == (3, 4)
+
+
+@pytest.mark.parametrize("cell", ["lrn", "olrn"])
+@pytest.mark.parametrize("left", [False, True])
+@pytest.mark.parametrize("device", DEVICES)
+def test_batch_mates_do_not_matter(device, left, cell):
+    """Encoding and scores of a sentence are the same alone and beside longer ones, padded on either side."""
+    model = build(device=device, cell=cell)
+    pad = model.encoder.padding_idx
+    lengths = [7, 3, 11, 1]
+    source = sentences(lengths, pad, left).to(device)
+    target = sentences(lengths, pad, seed=2).to(device)
+    scores, extra = model(source, None, target)
+    for i, n in enumerate(lengths):
+        at = slice(source.size(1) - n, None) if left else slice(n)
+        alone_scores, alone_extra = model(source[i : i + 1, at], None, target[i : i + 1, :n])
+        torch.testing.assert_close(scores[i, :n], alone_scores[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            extra["attn"][0][i, :n, at], alone_extra["attn"][0][0], rtol=1e-4, atol=1e-6
+        )
+
+
+def test_left_padded_target_gives_the_same_scores():
+    model = build()
+    pad = model.encoder.padding_idx
+    source, lengths = sentences([5, 6], pad), [4, 7]
+    right, left = (sentences(lengths, pad, side, seed=2) for side in (False, True))
+    scores_right, scores_left = model(source, None, right)[0], model(source, None, left)[0]
+    torch.testing.assert_close(scores_left[0, 3:], scores_right[0, :4], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("cell", ["lrn", "olrn"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_incremental_decoding_equals_teacher_forcing(device, cell):
+    model = build(device=device, cell=cell)
+    pad = model.encoder.padding_idx
+    source = sentences([5, 9, 2], pad, left=True).to(device)
+    target = sentences([8, 8, 8], pad, seed=2).to(device)
+    scores, extra = model(source, None, target)
+    encoder_out, state = model.encoder(source), {}
+    for t in range(target.size(1)):
+        step, step_extra = model.decoder(target[:, : t + 1], encoder_out, incremental_state=state)
+        torch.testing.assert_close(step[:, 0], scores[:, t], rtol=0, atol=1e-5)
+        torch.testing.assert_close(step_extra["attn"][0][:, 0], extra["attn"][0][:, t], rtol=0, atol=1e-5)
+
+
+def test_states_follow_the_beam():
+    """After a reordering, every hypothesis goes on from the state of the one it was made from."""
+    model = build()
+    pad = model.encoder.padding_idx
+    source = sentences([5, 9, 2], pad)
+    target = sentences([6, 6, 6], pad, seed=2)
+    order = torch.tensor([2, 0])
+    encoder_out, state = model.encoder(source), {}
+    for t in range(3):
+        model.decoder(target[:, : t + 1], encoder_out, incremental_state=state)
+    model.decoder.reorder_incremental_state_scripting(state, order)
+    encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
+    step, _ = model.decoder(target[order, :4], encoder_out, incremental_state=state)
+    whole, _ = model(source[order], None, target[order, :4])
+    torch.testing.assert_close(step[:, 0], whole[:, 3], rtol=0, atol=1e-5)
+
+
+def test_state_is_one_vector_a_layer():
+    model = build()
+    source = sentences([5, 9], model.encoder.padding_idx)
+    state = {}
+    model.decoder(source[:, :1], model.encoder(source), incremental_state=state)
+    saved = model.decoder.get_incremental_state(state, "states")
+    assert {k: tuple(v.shape) for k, v in saved.items()} == {"states": (2, 2, 16)}
+
+
+def test_attention_is_averaged_over_heads():
+    model = build()
+    source = sentences([5, 9], model.encoder.padding_idx)
+    attn = model(source, None, source)[1]["attn"][0]
+    assert attn.shape == (2, 9, 9)
+    torch.testing.assert_close(attn.sum(-1), torch.ones(2, 9))
+    assert (attn[0, :, 5:] == 0).all()
+    heads = [model(source, None, source, alignment_heads=n)[1]["attn"][0] for n in (1, 2)]
+    torch.testing.assert_close(heads[1], attn)
+    assert not torch.allclose(heads[0], attn)
+    first = model(source, None, source, alignment_layer=0)[1]["attn"][0]
+    assert first.shape == attn.shape and not torch.allclose(first, attn)
+
+
+def test_embeddings_are_shared_as_asked():
+    apart = build()
+    tied = build(share_decoder_input_output_embed=True)
+    joined = build(share_all_embeddings=True)
+    assert apart.encoder.embed_tokens is not apart.decoder.embed_tokens
+    assert apart.decoder.output_projection.weight is not apart.decoder.embed_tokens.weight
+    assert tied.decoder.output_projection.weight is tied.decoder.embed_tokens.weight
+    assert tied.encoder.embed_tokens is not tied.decoder.embed_tokens
+    assert joined.encoder.embed_tokens is joined.decoder.embed_tokens
+    assert joined.decoder.output_projection.weight is joined.decoder.embed_tokens.weight
+
+
+def test_pretrained_embeddings_are_loaded(tmp_path):
+    for side, value in (("encoder", 1.5), ("decoder", -2.5)):
+        (tmp_path / side).write_text(f"1 16\nw3 {' '.join([str(value)] * 16)}\n")
+    model = build(encoder_embed_path=str(tmp_path / "encoder"), decoder_embed_path=str(tmp_path / "decoder"))
+    row = dictionary().index("w3")
+    assert (model.encoder.embed_tokens.weight[row] == 1.5).all()
+    assert (model.decoder.embed_tokens.weight[row] == -2.5).all()
+    assert not (model.encoder.embed_tokens.weight[row + 1] == 1.5).any()
+
+
+def test_encoder_and_decoder_may_differ_in_width():
+    model = build(encoder_embed_dim=12)
+    source = sentences([5, 9], model.encoder.padding_idx)
+    assert model(source, None, source)[0].shape == (2, 9, 54)
+
+
+def test_adaptive_softmax_gives_a_distribution():
+    model = build(adaptive_softmax_cutoff=[10, 30])
+    source = sentences([5, 9], model.encoder.padding_idx)
+    out = model(source, None, source)
+    probs = model.decoder.get_normalized_probs(out, log_probs=False, sample=None)
+    torch.testing.assert_close(probs.sum(-1), torch.ones(2, 9))
+
+
+def test_every_parameter_learns():
+    model = build().train()
+    source = sentences([5, 9], model.encoder.padding_idx)
+    model(source, None, source)[0].logsumexp(-1).sum().backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(encoder_layers=0), "--encoder-layers is 0, but must be positive"),
+        (dict(decoder_ffn_embed_dim=-4), "--decoder-ffn-embed-dim is -4, but must be positive"),
+        (dict(decoder_attention_heads=3), "must be a multiple of --decoder-attention-heads, 3"),
+        (dict(share_all_embeddings=True, encoder_embed_dim=12), "--encoder-embed-dim .12. to match"),
+        (
+            dict(share_all_embeddings=True, encoder_embed_path="a", decoder_embed_path="b"),
+            "not compatible with another --decoder-embed-path",
+        ),
+    ],
+)
+def test_what_cannot_be_built_is_said(options, words):
+    with pytest.raises(ValueError, match=words):
+        build(**options)
+
+
+def test_embeddings_of_different_dictionaries_cannot_be_shared():
+    with pytest.raises(ValueError, match="requires a joined dictionary"):
+        build(task(dictionary(), dictionary(first="v")), share_all_embeddings=True)
