@@ -48,8 +48,8 @@ def corpus(tmp_path_factory):
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("corpus")
-    sets = make_corpus.build(train=2000, valid=21, test=21)
-    sets["train"] = sets["train"][-150:]
+    sets = make_corpus.build(train=2000, test=21)
+    sets = {"train": sets["train"][-150:], "valid": sets["train"][:21], "test": sets["test"]}
     text = [sentence for pairs in sets.values() for pair in pairs for sentence in pair]
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(text), model_prefix=folder / "spm", vocab_size=300, minloglevel=2

@@ -83,7 +83,7 @@ def test_every_word_is_aligned(run, data, checkpoint, test_sentences):
         assert all(0 <= source < len(sources[i].split()) for source, _ in points)
 
 
-def test_interactive_answers_every_line_in_order(run, data, checkpoint, test_sentences):
+def test_interactive_answers_every_line_in_order(run, data, checkpoint, test_sentences, tmp_path):
     """--replace-unk changes nothing where no <unk> is translated to, which --unkpen sees to."""
     lines = test_sentences[:5]
     command = ["fairseq-interactive", data, *PLUGIN, "--path", checkpoint, "--cpu", "--buffer-size", 3]
@@ -92,7 +92,10 @@ def test_interactive_answers_every_line_in_order(run, data, checkpoint, test_sen
     assert re.findall(r"^H-(\d+)\t", out, re.M) == list("01234")
     for line, echo in zip(lines, re.findall(r"^S-\d+\t(.*)$", out, re.M)):
         assert all(b in (a, "<unk>") for a, b in zip(line.split(), echo.split()))
-    replaced = run(*command, "--batch-size", 3, "--unkpen", 100, "--replace-unk", input=text)
+    (tmp_path / "words").write_text("a b\n")
+    replaced = run(
+        *command, "--batch-size", 3, "--unkpen", 100, "--replace-unk", tmp_path / "words", input=text
+    )
     assert re.findall(r"^H-.*$", replaced, re.M) == re.findall(r"^H-.*$", out, re.M)
 
 
