@@ -6,7 +6,7 @@ from typing import Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
-from fairseq.modules import AdaptiveSoftmax, FairseqDropout, LayerNorm
+from fairseq.modules import AdaptiveSoftmax, LayerNorm
 from torch import Tensor
 
 from .lrn_layers import LRNDecoderLayer
@@ -30,7 +30,6 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(embed_dim)
         self.max_target_positions = cfg.max_target_positions
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
         self.layers = nn.ModuleList([LRNDecoderLayer(cfg) for _ in range(cfg.decoder_layers)])
         self.num_layers = len(self.layers)
         self.layer_norm = LayerNorm(embed_dim)
@@ -111,7 +110,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
             if bool(mask.any()):
                 padding_mask = mask
 
-        x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
+        x = self.embed_scale * self.embed_tokens(prev_output_tokens.t())
 
         attn: Optional[Tensor] = None
         new_states: List[Tensor] = []

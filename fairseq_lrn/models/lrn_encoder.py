@@ -6,7 +6,7 @@ from typing import Dict, List, Optional
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqEncoder
-from fairseq.modules import FairseqDropout, LayerNorm
+from fairseq.modules import LayerNorm
 from torch import Tensor
 
 from .lrn_layers import LRNEncoderLayer
@@ -29,7 +29,6 @@ class LRNEncoder(FairseqEncoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(cfg.encoder_embed_dim)
         self.max_source_positions = cfg.max_source_positions
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
         self.layers = nn.ModuleList([LRNEncoderLayer(cfg) for _ in range(cfg.encoder_layers)])
         self.layer_norm = LayerNorm(cfg.encoder_embed_dim)
 
@@ -45,7 +44,7 @@ class LRNEncoder(FairseqEncoder):
         """
         padding_mask = src_tokens.eq(self.padding_idx)
         has_pads = bool(padding_mask.any())
-        x = self.dropout_module(self.embed_scale * self.embed_tokens(src_tokens.t()))
+        x = self.embed_scale * self.embed_tokens(src_tokens.t())
         for layer in self.layers:
             x = layer(x, padding_mask if has_pads else None)
         return {
