@@ -1,0 +1,138 @@
+"""What the README's two commands share: a virtual environment, and steps that show and explain themselves.
+
+Needs nothing but Python's standard library.
+"""
+
+import hashlib
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from pathlib import Path
+from typing import Callable, Deque, Iterable, Sequence, Union
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGE = ROOT / "fairseq_lrn"
+CONSTRAINTS = ROOT / "constraints.txt"
+VENV = ROOT / ".venv"
+PYTHON = VENV / "bin" / "python"
+LOGS = ROOT / "build" / "environment"
+BUILD_TOOLS = ("torch", "numpy", "cython", "setuptools", "wheel", "ninja")
+OTHERS = ("babel", "hypothesis", "pytest", "ruff", "sacrebleu", "sentencepiece")
+
+
+class Failed(Exception):
+    """A command that did not exit with 0."""
+
+
+def run(command: Sequence[object], log: Path, show: str = ".+") -> None:
+    """Run ``command`` in the environment; put its output in ``log`` and what matches ``show`` on the screen.
+
+    Raises :class:`Failed`, with the last lines of output, where the command cannot be started or exits with
+    another status than 0.
+    """
+    words = [str(word) for word in command]
+    print("$", shlex.join(words), flush=True)
+    path = os.pathsep.join((str(PYTHON.parent), os.environ.get("PATH", os.defpath)))
+    started = time.monotonic()
+    last: Deque[str] = deque(maxlen=20)
+    try:
+        process = subprocess.Popen(
+            words,
+            env={**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            encoding="utf-8",
+            errors="replace",
+        )
+    except OSError as error:
+        raise Failed(f"{words[0]} cannot be started: {error}") from error
+    with process, log.open("w", buffering=1, encoding="utf-8") as file:
+        for line in process.stdout:
+            file.write(line)
+            last.append(line)
+            found = re.search(show, line)
+            if found:
+                print(f"{time.monotonic() - started:5.0f} s  {found.group()[:110]}", flush=True)
+    if process.returncode != 0:
+        lines = "".join(f"  | {line.rstrip()}\n" for line in last)
+        raise Failed(f"{words[0]} exited with {process.returncode}. The last lines of {log}:\n{lines}")
+
+
+def attempt(title: str, work: Callable[[], None]) -> None:
+    """Call ``work``; exit with a message that names the step ``title`` and the reason where it fails."""
+    print(f"\n== {title}", flush=True)
+    started = time.monotonic()
+    try:
+        work()
+    except KeyboardInterrupt:
+        sys.exit(f"\nInterrupted in step '{title}'; the same command goes on from there.")
+    except Exception as error:
+        sys.exit(f"\nStep '{title}' failed: {error if isinstance(error, Failed) else repr(error)}")
+    print(f"== {title}: done in {time.monotonic() - started:.0f} s", flush=True)
+
+
+def digest(inputs: Iterable[Union[str, Path]]) -> str:
+    """Return a hash of strings and of the contents of files and folders."""
+    total = hashlib.sha256()
+    for item in inputs:
+        for path in sorted(item.rglob("*")) if isinstance(item, Path) and item.is_dir() else [item]:
+            content = path.read_bytes() if isinstance(path, Path) and path.is_file() else str(path).encode()
+            total.update(hashlib.sha256(content).digest())
+    return total.hexdigest()
+
+
+def step(
+    title: str,
+    result: Path,
+    inputs: Iterable[Union[str, Path]],
+    work: Callable[[], None],
+    resumes: bool = False,
+) -> None:
+    """Have ``work`` fill the folder ``result``, unless it is complete and made of the same ``inputs``.
+
+    What an unfinished ``work`` left is removed first, except where it ``resumes`` and the inputs are the
+    same. Exits as :func:`attempt` does.
+    """
+    key, begun, done = digest(inputs), result / ".begun", result / ".done"
+    if done.exists() and done.read_text() == key:
+        print(f"\n== {title}: done before, in {result}", flush=True)
+        return
+    if not (resumes and begun.exists() and begun.read_text() == key):
+        shutil.rmtree(result, ignore_errors=True)
+        result.mkdir(parents=True)
+        begun.write_text(key)
+    attempt(title, work)
+    begun.replace(done)
+
+
+def enter() -> None:
+    """Complete the environment where it is not what this tree needs, and run the script again inside it.
+
+    A ``.venv`` of the user's own is added to, not replaced.
+    """
+    stamp = VENV / "fairseq_lrn.stamp"
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(PACKAGE.glob("csrc/*"))]
+    home, key = str(ROOT), digest([Path(__file__), CONSTRAINTS, *sources])
+    made = stamp.read_text().split("\n") if stamp.exists() else []
+    if not (made == [home, key] and PYTHON.exists() and any(PACKAGE.glob("_C.*"))):
+        LOGS.mkdir(parents=True, exist_ok=True)
+        if made[:1] != [home] or not PYTHON.exists():
+            # One that was made for another folder still points there.
+            command = [sys.executable, "-m", "venv", *(["--clear"] if made else []), VENV]
+            attempt("Make a virtual environment", lambda: run(command, LOGS / "venv.log"))
+        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--constraint", CONSTRAINTS]
+        show = r"^\s*(Collecting|Downloading|Building|Installing|Successfully|ERROR).*"
+        tools = [*pip, *BUILD_TOOLS]
+        attempt("Install PyTorch and build tools", lambda: run(tools, LOGS / "tools.log", show))
+        # Without isolation: fairseq's build would otherwise download a PyTorch of its own.
+        rest = [*pip, "--no-build-isolation", *OTHERS, "--editable", ROOT]
+        title = "Install fairseq, this project and the rest; compiling takes some minutes"
+        attempt(title, lambda: run(rest, LOGS / "rest.log", show))
+        stamp.write_text(f"{home}\n{key}")
+    if not os.path.samefile(sys.prefix, VENV):
+        os.execv(PYTHON, [str(PYTHON), *sys.argv])

@@ -1,0 +1,118 @@
+"""The quickstart's corpus, and the steps its script is made of."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+EXAMPLES = Path(__file__).resolve().parent.parent.parent / "examples"
+sys.path[:0] = [str(EXAMPLES), str(EXAMPLES / "quickstart")]
+
+import environment  # noqa: E402
+import make_corpus  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def corpus():
+    return make_corpus.build()
+
+
+def words(sentence):
+    return re.findall(r"[^\W\d_]+", sentence)
+
+
+def test_sizes(corpus):
+    assert {name: len(pairs) for name, pairs in corpus.items()} == {"train": 24000, "test": 1000}
+
+
+def test_no_english_sentence_occurs_twice(corpus):
+    sentences = [english for pairs in corpus.values() for english, _ in pairs]
+    assert len(set(sentences)) == len(sentences)
+
+
+def test_every_side_is_one_line_with_single_spaces(corpus):
+    for pairs in corpus.values():
+        for pair in pairs:
+            for sentence in pair:
+                assert sentence and sentence == " ".join(sentence.split())
+
+
+@pytest.mark.parametrize("side", [0, 1], ids=["English", "German"])
+def test_held_out_words_are_all_in_the_training_set(corpus, side):
+    known = {word for pair in corpus["train"] for word in words(pair[side])}
+    assert {word for pair in corpus["test"] for word in words(pair[side])} <= known
+
+
+def test_held_out_sentences_are_mostly_translated_not_copied(corpus):
+    assert sum(english != german for english, german in corpus["test"]) > 900
+
+
+@settings(max_examples=5, deadline=None)
+@given(st.integers(0, 1000))
+def test_any_seed_gives_one_corpus(seed):
+    first = make_corpus.build(1500, 50, seed)
+    assert first == make_corpus.build(1500, 50, seed)
+    assert not {english for english, _ in first["train"]} & {english for english, _ in first["test"]}
+
+
+def test_command_writes_every_sentence_as_a_line(tmp_path, corpus):
+    subprocess.run([sys.executable, EXAMPLES / "quickstart" / "make_corpus.py", tmp_path], check=True)
+    for name, pairs in corpus.items():
+        for side, language in enumerate(("en", "de")):
+            text = (tmp_path / f"{name}.{language}").read_text(encoding="utf-8")
+            assert text == "".join(pair[side] + "\n" for pair in pairs)
+
+
+def test_step_is_done_once_for_the_same_inputs(tmp_path):
+    source, result, calls = tmp_path / "source", tmp_path / "result", []
+    for content, expected in (("a", 1), ("a", 1), ("b", 2), ("b", 2), ("a", 3)):
+        source.write_text(content)
+        environment.step("Count", result, [source, "option"], lambda: calls.append((result / "old").touch()))
+        assert len(calls) == expected
+    (result / ".done").unlink()
+    environment.step("Count", result, [source, "option"], lambda: calls.append(None))
+    assert len(calls) == 4 and not (result / "old").exists()
+
+
+@pytest.mark.parametrize("resumes", [False, True])
+def test_unfinished_step_starts_over_or_resumes(tmp_path, resumes):
+    result, seen = tmp_path / "result", []
+
+    def work():
+        seen.append((result / "half").exists())
+        (result / "half").touch()
+        if len(seen) < 3:
+            raise KeyboardInterrupt if len(seen) == 1 else OSError("disk full")
+
+    for message in ("Interrupted in step 'Train'", "Step 'Train' failed: OSError('disk full')"):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            environment.step("Train", result, ["inputs"], work, resumes)
+    environment.step("Train", result, ["inputs"], work, resumes)
+    assert seen == [False, resumes, resumes]
+    environment.step(
+        "Train", result, ["other inputs"], lambda: seen.append((result / "half").exists()), resumes
+    )
+    assert seen[3:] == [False]
+
+
+def test_failing_command_says_which_step_and_why(tmp_path, capfd):
+    script = "import sys\nfor line in range(99): print('line', line)\nsys.exit('no space left')"
+    with pytest.raises(SystemExit) as caught:
+        environment.attempt(
+            "Preprocess", lambda: environment.run([sys.executable, "-c", script], tmp_path / "log", "line 9.")
+        )
+    message = caught.value.code
+    assert "Step 'Preprocess' failed" in message and "exited with 1" in message and "no space left" in message
+    assert "line 98" in message and "line 50" not in message and str(tmp_path / "log") in message
+    shown = [line for line in capfd.readouterr().out.splitlines() if line.endswith(tuple("0123456789"))]
+    assert [int(line.split()[-1]) for line in shown] == list(range(90, 99))
+    assert len((tmp_path / "log").read_text().splitlines()) == 100
+
+
+def test_missing_command_says_which_step_and_why(tmp_path):
+    with pytest.raises(SystemExit, match="Step 'Go' failed: no-such-command cannot be started"):
+        environment.attempt("Go", lambda: environment.run(["no-such-command"], tmp_path / "log"))
