@@ -8,6 +8,7 @@ import torch
 from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY
+from fairseq.sequence_generator import SequenceGenerator
 
 import fairseq_lrn  # noqa: F401
 from fairseq_lrn.models import LRNModel
@@ -153,6 +154,24 @@ def test_states_follow_the_beam():
     step, _ = model.decoder(target[order, :4], encoder_out, incremental_state=state)
     whole, _ = model(source[order], None, target[order, :4])
     torch.testing.assert_close(step[:, 0], whole[:, 3], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_every_hypothesis_of_a_beam_scores_as_teacher_forcing_does(device):
+    """Through reorderings, finished hypotheses and sentences that leave the batch at different times."""
+    model = build(device=device)
+    model.decoder.output_projection.weight.data.mul_(4)  # a peaked distribution ends sentences early
+    source = sentences([7, 3, 11, 5], model.encoder.padding_idx, left=True).to(device)
+    generator = SequenceGenerator([model], task().target_dictionary, beam_size=4, max_len_b=12)
+    found = generator.generate([model], {"net_input": {"src_tokens": source, "src_lengths": None}})
+    assert len({len(hypothesis["tokens"]) for beam in found for hypothesis in beam}) > 1
+    for i, beam in enumerate(found):
+        for hypothesis in beam:
+            tokens = hypothesis["tokens"].unsqueeze(0)
+            previous = torch.cat([torch.full_like(tokens[:, :1], 2), tokens[:, :-1]], 1)
+            scores = model(source[i : i + 1], None, previous)[0].log_softmax(-1)
+            expected = scores.gather(2, tokens.unsqueeze(2))[0, :, 0]
+            torch.testing.assert_close(hypothesis["positional_scores"], expected, rtol=0, atol=2e-5)
 
 
 def test_state_is_one_vector_a_layer():
