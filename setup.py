@@ -1,13 +1,15 @@
 """Builds and installs fairseq-lrn. Where the operators cannot be compiled, the package runs without them."""
 
 import importlib.util
+import os
 import sys
 from glob import glob
 
 from setuptools import find_packages, setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit("fairseq-lrn compiles against PyTorch: install torch, then pip install --no-build-isolation .")
 
@@ -28,6 +30,26 @@ class OptionalBuild(BuildExtension):
             )
 
 
+def build_cuda():
+    """Whether to compile the CUDA kernels, as FAIRSEQ_LRN_CUDA=1 asks; no card has run them yet.
+
+    They are compiled for TORCH_CUDA_ARCH_LIST, by default for the cards of this machine.
+    """
+    wish = os.environ.get("FAIRSEQ_LRN_CUDA", "0")
+    if wish not in ("0", "1"):
+        sys.exit(f"FAIRSEQ_LRN_CUDA must be 0 or 1, but is {wish!r}")
+    needs = {
+        "a PyTorch built for CUDA": torch.version.cuda is not None,
+        "nvcc (on the PATH, or in CUDA_HOME)": CUDA_HOME is not None,
+        "a CUDA card or TORCH_CUDA_ARCH_LIST": "TORCH_CUDA_ARCH_LIST" in os.environ
+        or torch.cuda.is_available(),
+    }
+    missing = ", ".join(need for need, there in needs.items() if not there)
+    if wish == "1" and missing:
+        sys.exit(f"FAIRSEQ_LRN_CUDA=1, but to compile the CUDA kernels this lacks: {missing}")
+    return wish == "1"
+
+
 requirements = ["torch>=2.4", "numpy", "sacrebleu", "sentencepiece"]
 # Two distributions provide the package `fairseq`; one that is there, whatever its name, is kept.
 if importlib.util.find_spec("fairseq") is None:
@@ -40,6 +62,7 @@ if sys.platform == "linux":
     compile_args.append("-fopenmp")
     link_args.append("-s")
 
+cuda = build_cuda()
 setup(
     name="fairseq-lrn",
     version="0.1.0",
@@ -50,11 +73,11 @@ setup(
     install_requires=requirements,
     packages=find_packages(include=["fairseq_lrn", "fairseq_lrn.*"]),
     ext_modules=[
-        CppExtension(
+        (CUDAExtension if cuda else CppExtension)(
             "fairseq_lrn._C",
-            sorted(glob("fairseq_lrn/csrc/*.cpp")),
-            depends=sorted(glob("fairseq_lrn/csrc/*.h")),
-            extra_compile_args=compile_args,
+            sorted(glob("fairseq_lrn/csrc/*.cpp") + glob("fairseq_lrn/csrc/*.cu") * cuda),
+            depends=sorted(glob("fairseq_lrn/csrc/*.h") + glob("fairseq_lrn/csrc/*.cuh")),
+            extra_compile_args={"cxx": compile_args, "nvcc": ["-O3"]},
             extra_link_args=link_args,
             py_limited_api=True,
         )

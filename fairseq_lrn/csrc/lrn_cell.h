@@ -13,7 +13,7 @@
 #include <cstring>
 
 #if defined(__CUDACC__)
-#define LRN_HD __host__ __device__ __forceinline__
+#define LRN_HD __device__ __forceinline__
 #elif defined(__GNUC__)
 #define LRN_HD inline __attribute__((always_inline))
 #else
@@ -69,23 +69,35 @@ LRN_HD float tanh(float x) {
 LRN_HD double sigmoid(double x) { return 1.0 / (1.0 + std::exp(-x)); }
 LRN_HD double tanh(double x) { return std::tanh(x); }
 
-template <bool kTanh, typename S>
+// What the steps below call; CUDA devices have faster ones (lrn_cuda.cuh).
+struct PortableGates {
+  template <typename S>
+  static LRN_HD S sigmoid(S x) {
+    return lrn::sigmoid(x);
+  }
+  template <typename S>
+  static LRN_HD S tanh(S x) {
+    return lrn::tanh(x);
+  }
+};
+
+template <bool kTanh, typename Gates, typename S>
 LRN_HD S activate(S x) {
   if constexpr (kTanh) {
-    return lrn::tanh(x);
+    return Gates::tanh(x);
   } else {
     return x;
   }
 }
 
 // The next state from q, k, v, o (unused without an output gate) and the state h.
-template <bool kTanh, bool kGate, typename S>
+template <bool kTanh, bool kGate, typename S, typename Gates = PortableGates>
 LRN_HD S forward(S q, S k, S v, S o, S h) {
-  const S i = sigmoid(k + h);
-  const S f = sigmoid(q - h);
-  const S c = activate<kTanh>(i * v + f * h);
+  const S i = Gates::sigmoid(k + h);
+  const S f = Gates::sigmoid(q - h);
+  const S c = activate<kTanh, Gates>(i * v + f * h);
   if constexpr (kGate) {
-    return sigmoid(o - c) * c;
+    return Gates::sigmoid(o - c) * c;
   } else {
     return c;
   }
@@ -98,16 +110,16 @@ struct Grad {
 
 // The gradients of forward's arguments, given the gradient of the next state and the next state
 // itself.
-template <bool kTanh, bool kGate, typename S>
+template <bool kTanh, bool kGate, typename S, typename Gates = PortableGates>
 LRN_HD Grad<S> backward(S q, S k, S v, S o, S h, S next, S grad) {
-  const S i = sigmoid(k + h);
-  const S f = sigmoid(q - h);
+  const S i = Gates::sigmoid(k + h);
+  const S f = Gates::sigmoid(q - h);
   Grad<S> out;
   S c = next;
   out.o = 0;
   if constexpr (kGate) {
-    c = activate<kTanh>(i * v + f * h);
-    const S gate = sigmoid(o - c);
+    c = activate<kTanh, Gates>(i * v + f * h);
+    const S gate = Gates::sigmoid(o - c);
     out.o = grad * c * gate * (1 - gate);
     grad = grad * gate - out.o;
   }

@@ -9,7 +9,9 @@ from torch import Tensor
 from ._library import load_library
 from .reference import lrn_scan_reference
 
-_scan = torch.ops.fairseq_lrn.lrn_scan if load_library() else lrn_scan_reference
+_loaded = load_library()
+_scan = torch.ops.fairseq_lrn.lrn_scan if _loaded else lrn_scan_reference
+_cuda = _loaded and torch._C._dispatch_has_kernel_for_dispatch_key("fairseq_lrn::lrn_scan", "CUDA")
 
 
 def lrn_scan(
@@ -105,7 +107,7 @@ def lrn_scan(
                 f"padding_mask must be on projections' device {projections.device}, but is on "
                 f"{padding_mask.device}"
             )
-    if projections.device.type == "cpu" or projections.device.type == "meta":
+    if _has_kernel(projections):
         return _scan(
             projections,
             initial_state,
@@ -127,6 +129,12 @@ def lrn_scan(
     )
 
 
+def _has_kernel(x: Tensor, cuda: bool = _cuda) -> bool:
+    # A default, because TorchScript cannot read a global variable.
+    device = x.device.type
+    return device == "cpu" or device == "meta" or (cuda and device == "cuda")
+
+
 def _autocast(x: Tensor) -> bool:
     if torch.jit.is_scripting():
         return True  # TorchScript cannot ask; the operator itself checks
@@ -138,6 +146,6 @@ def _warn_no_kernel(x: Tensor) -> None:
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out the body of just this form
         if not torch.compiler.is_compiling():
             warnings.warn(
-                f"lrn_scan has no kernel for {x.device.type} yet; the much slower PyTorch definition is used",
+                f"lrn_scan is not built for {x.device.type}; the much slower PyTorch definition is used",
                 stacklevel=3,
             )
