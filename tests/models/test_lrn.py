@@ -7,7 +7,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
 from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.sequence_generator import SequenceGenerator
 
 import fairseq_lrn  # noqa: F401
@@ -93,6 +93,19 @@ def test_architecture_keeps_what_the_user_set():
     args = argparse.Namespace(encoder_layers=3)
     ARCH_CONFIG_REGISTRY["lrn_tiny"](args)
     assert (args.encoder_layers, args.decoder_layers) == (3, 4)
+
+
+def test_tiny_is_within_a_tenth_of_the_small_transformers_parameters():
+    def parameters(name, args):
+        args.share_all_embeddings = True
+        ARCH_CONFIG_REGISTRY[name](args)
+        model = ARCH_MODEL_REGISTRY[name].build_model(args, task(dictionary(8000)))
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    sizes = {"layers": 4, "embed_dim": 128, "ffn_embed_dim": 256, "attention_heads": 4}
+    theirs = argparse.Namespace(**{f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in sizes.items()})
+    ratio = parameters("lrn_tiny", argparse.Namespace()) / parameters("transformer_iwslt_de_en", theirs)
+    assert 0.9 < ratio < 1.1
 
 
 @pytest.mark.parametrize("cell", ["lrn", "olrn"])
