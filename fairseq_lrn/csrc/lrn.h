@@ -51,4 +51,20 @@ inline Sizes check_sizes(const at::Tensor& projections,
   return s;
 }
 
+// Likewise for what lrn_scan_backward takes besides.
+inline void check_states(const at::Tensor& grad_output, const at::Tensor& output,
+                         const at::Tensor& projections, const Sizes& s) {
+  for (const at::Tensor& x : {grad_output, output}) {
+    TORCH_CHECK(x.sizes() == at::IntArrayRef({s.steps, s.batch, s.width}) &&
+                    x.scalar_type() == projections.scalar_type() &&
+                    x.device() == projections.device(),
+                "lrn_scan_backward: grad_output and output must be as lrn_scan's result");
+  }
+}
+
+// Kernels take any strides but that of the last axis.
+inline at::Tensor rows_contiguous(const at::Tensor& x) {
+  return x.stride(-1) == 1 ? x : x.contiguous();
+}
+
 }  // namespace lrn

@@ -332,10 +332,8 @@ void run_blocks(void (*blocks)(const Args&, int64_t, int64_t), const Args& args)
                                             : LRN_PICK(pass, scalar_t, false, false)), \
              args)
 
-Tensor rows_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
 Tensor state_or_zeros(const OptionalTensor& state, const Tensor& projections, const lrn::Sizes& s) {
-  return state ? rows_contiguous(*state)
+  return state ? lrn::rows_contiguous(*state)
                : at::zeros({s.width}, projections.options()).expand({s.batch, s.width});
 }
 
@@ -348,7 +346,7 @@ Tensor scan_cpu(const Tensor& projections, const OptionalTensor& initial_state,
                 bool reverse, bool bidirectional) {
   const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
                                         output_gate, reverse, bidirectional);
-  const Tensor input = rows_contiguous(projections);
+  const Tensor input = lrn::rows_contiguous(projections);
   const Tensor initial = state_or_zeros(initial_state, input, s);
   const Tensor state = at::empty({s.batch, s.width}, state_options(input));
   const Tensor output = at::empty({s.steps, s.batch, s.width}, input.options());
@@ -373,15 +371,10 @@ std::tuple<Tensor, Tensor> scan_backward_cpu(const Tensor& grad_output, const Te
                                              bool reverse, bool bidirectional) {
   const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
                                         output_gate, reverse, bidirectional);
-  for (const Tensor& x : {grad_output, output}) {
-    TORCH_CHECK(x.sizes() == at::IntArrayRef({s.steps, s.batch, s.width}) &&
-                    x.scalar_type() == projections.scalar_type() &&
-                    x.device() == projections.device(),
-                "lrn_scan_backward: grad_output and output must be as lrn_scan's result");
-  }
-  const Tensor input = rows_contiguous(projections);
-  const Tensor states = rows_contiguous(output);
-  const Tensor grad = rows_contiguous(grad_output);
+  lrn::check_states(grad_output, output, projections, s);
+  const Tensor input = lrn::rows_contiguous(projections);
+  const Tensor states = lrn::rows_contiguous(output);
+  const Tensor grad = lrn::rows_contiguous(grad_output);
   const Tensor initial = state_or_zeros(initial_state, input, s);
   const Tensor grad_state = at::empty({s.batch, s.width}, state_options(input));
   const Tensor grad_projections = at::empty(input.sizes(), input.options());

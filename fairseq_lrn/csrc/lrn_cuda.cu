@@ -22,8 +22,6 @@ using Element =
     std::conditional_t<std::is_same_v<T, at::Half>, __half,
                        std::conditional_t<std::is_same_v<T, at::BFloat16>, __nv_bfloat16, T>>;
 
-Tensor rows_contiguous(const Tensor& x) { return x.stride(-1) == 1 ? x : x.contiguous(); }
-
 // Of (steps, batch, width).
 template <typename T>
 lrn::cuda::Sequence<T> sequence(const Tensor& x) {
@@ -67,9 +65,9 @@ Tensor scan_cuda(const Tensor& projections, const OptionalTensor& initial_state,
   const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
                                         output_gate, reverse, bidirectional);
   const c10::cuda::CUDAGuard guard(projections.device());
-  const Tensor input = rows_contiguous(projections);
+  const Tensor input = lrn::rows_contiguous(projections);
   const OptionalTensor initial =
-      initial_state ? OptionalTensor(rows_contiguous(*initial_state)) : std::nullopt;
+      initial_state ? OptionalTensor(lrn::rows_contiguous(*initial_state)) : std::nullopt;
   const Tensor output = at::empty({s.steps, s.batch, s.width}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "lrn_scan", [&] {
     using T = Element<scalar_t>;
@@ -89,18 +87,13 @@ std::tuple<Tensor, Tensor> scan_backward_cuda(const Tensor& grad_output, const T
                                               bool reverse, bool bidirectional) {
   const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
                                         output_gate, reverse, bidirectional);
-  for (const Tensor& x : {grad_output, output}) {
-    TORCH_CHECK(x.sizes() == at::IntArrayRef({s.steps, s.batch, s.width}) &&
-                    x.scalar_type() == projections.scalar_type() &&
-                    x.device() == projections.device(),
-                "lrn_scan_backward: grad_output and output must be as lrn_scan's result");
-  }
+  lrn::check_states(grad_output, output, projections, s);
   const c10::cuda::CUDAGuard guard(projections.device());
-  const Tensor input = rows_contiguous(projections);
-  const Tensor states = rows_contiguous(output);
-  const Tensor grad = rows_contiguous(grad_output);
+  const Tensor input = lrn::rows_contiguous(projections);
+  const Tensor states = lrn::rows_contiguous(output);
+  const Tensor grad = lrn::rows_contiguous(grad_output);
   const OptionalTensor initial =
-      initial_state ? OptionalTensor(rows_contiguous(*initial_state)) : std::nullopt;
+      initial_state ? OptionalTensor(lrn::rows_contiguous(*initial_state)) : std::nullopt;
   const Tensor grad_projections = at::empty(input.sizes(), input.options());
   const Tensor grad_state = at::empty({s.batch, s.width}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(

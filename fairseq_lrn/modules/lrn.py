@@ -275,7 +275,14 @@ class LRN(nn.Module):
             state: Optional[Tensor] = None
             if hx is not None:
                 state = torch.cat((hx[2 * layer], hx[2 * layer + 1]), 1) if self.bidirectional else hx[layer]
-            x = self._scan(projections, state, padding_mask)
+            x = lrn_scan(
+                projections,
+                state,
+                padding_mask,
+                activation=self.activation,
+                output_gate=self.output_gate,
+                bidirectional=self.bidirectional,
+            )
             if x.size(0) > 0:  # the state is carried over padding, so each direction's last row is final
                 if self.bidirectional:
                     finals += [x[-1, :, :size], x[0, :, size:]]
@@ -307,23 +314,3 @@ class LRN(nn.Module):
         else:
             normalised = F.layer_norm(projections, weight.shape, weight, shift)
         return normalised.to(projections.dtype)  # under autocast layer_norm answers in float32
-
-    def _scan(self, projections: Tensor, state: Optional[Tensor], padding_mask: Optional[Tensor]) -> Tensor:
-        # TorchScript compiles no function that has keyword-only defaults, but takes the operator itself.
-        if torch.jit.is_scripting():
-            return torch.ops.fairseq_lrn.lrn_scan(
-                projections,
-                state,
-                padding_mask,
-                activation=self.activation,
-                output_gate=self.output_gate,
-                bidirectional=self.bidirectional,
-            )
-        return lrn_scan(
-            projections,
-            state,
-            padding_mask,
-            activation=self.activation,
-            output_gate=self.output_gate,
-            bidirectional=self.bidirectional,
-        )
