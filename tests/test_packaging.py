@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 PROGRAM = """
@@ -46,3 +47,26 @@ def test_installs_from_a_fresh_clone(tmp_path):
     assert python("-m", "fairseq_lrn") == str(site / "fairseq_lrn")
     # the warning of a package without its compiled operator would be an error
     assert "lrn_scan" in python("-W", "error:The compiled LRN operator", "-c", PROGRAM)
+
+
+@pytest.mark.parametrize(
+    ("wish", "words"),
+    [
+        ("yes", "FAIRSEQ_LRN_CUDA must be 0 or 1, but is 'yes'"),
+        pytest.param(
+            "1",
+            "lacks: a PyTorch built for CUDA",
+            marks=pytest.mark.skipif(torch.version.cuda is not None, reason="needs a PyTorch for the CPU"),
+        ),
+    ],
+)
+def test_what_keeps_cuda_from_being_built(wish, words):
+    done = subprocess.run(
+        [sys.executable, "setup.py", "--version"],
+        cwd=ROOT,
+        env={**os.environ, "FAIRSEQ_LRN_CUDA": wish},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert done.returncode != 0
+    assert words in done.stderr

@@ -5,18 +5,23 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+EFFICIENCY = ROOT / "examples" / "efficiency"
 
 
-def test_benchmark_prints_every_contender_and_writes_json(tmp_path):
+def benchmark(words, folder, **environment):
     pythonpath = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    options = "--shapes 3,2,8 4,1,4 --threads 1 2 --repetitions 1 --json out.json".split()
-    run = subprocess.run(
-        [sys.executable, str(ROOT / "examples/efficiency/benchmark.py"), *options],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": pythonpath},
+    return subprocess.run(
+        words,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": pythonpath, **environment},
         capture_output=True,
         text=True,
     )
+
+
+def test_benchmark_prints_every_contender_and_writes_json(tmp_path):
+    options = "--shapes 3,2,8 4,1,4 --threads 1 2 --repetitions 1 --json out.json".split()
+    run = benchmark([sys.executable, EFFICIENCY / "benchmark.py", *options], tmp_path)
     assert run.returncode == 0, run.stderr
 
     report = json.loads((tmp_path / "out.json").read_text())
@@ -44,3 +49,18 @@ def test_benchmark_prints_every_contender_and_writes_json(tmp_path):
     assert sorted(row[0] for row in body) == sorted(2 * list(expected))
     assert all(len(row) == 1 + 2 * 2 * 2 for row in rows)
     assert all(float(cell) >= 0 for row in body for cell in row[1:])
+
+
+def test_without_a_card_the_cuda_benchmark_runs_through_and_says_where_it_stops(tmp_path):
+    run = benchmark(["bash", EFFICIENCY / "cuda.sh", "measure"], tmp_path, CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 0, run.stderr
+    assert all(f"{part}: done" in run.stderr for part in ("operator", "layer", "training"))
+    last = run.stdout.splitlines()[-1]
+    assert last.startswith("Stopped before measuring: there is no CUDA card.")
+    assert "TB/s" not in run.stdout
+
+
+def test_cuda_command_names_a_step_it_does_not_know(tmp_path):
+    run = benchmark(["bash", EFFICIENCY / "cuda.sh", "bild"], tmp_path)
+    assert run.returncode == 1
+    assert "want build, test, sanitize or measure" in run.stderr

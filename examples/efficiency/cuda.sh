@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# On a machine with a CUDA card: build, test and measure; README.md says what is measured.
+#   bash cuda.sh [STEP ...] [-- benchmark_cuda.py's option ...]      all steps: build test sanitize measure
+# Needed: fairseq, pytest and hypothesis, and for all rows of the table: pip install sru flash-linear-attention
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+steps=()
+while [[ $# -gt 0 && $1 != -- ]]; do steps+=("$1") && shift; done
+[[ $# -eq 0 ]] || shift
+[[ ${#steps[@]} -gt 0 ]] || steps=(build test sanitize measure)
+trap '[[ $? -eq 0 ]] || echo "cuda.sh: stopped in step: $step" >&2' EXIT
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+for step in "${steps[@]}"; do
+  echo "== $step" >&2
+  case $step in
+    build)
+      if python -c 'import sys, torch; sys.exit(not torch.cuda.is_available())'; then
+        FAIRSEQ_LRN_CUDA=1 python setup.py build_ext --inplace
+      else
+        echo "there is no CUDA card for this PyTorch: built for the CPU" >&2
+        python setup.py build_ext --inplace
+      fi
+      ;;
+    test) python -m pytest -q tests/ops tests/modules tests/models tests/csrc ;;
+    sanitize)
+      if command -v compute-sanitizer > /dev/null; then
+        for tool in memcheck racecheck initcheck; do
+          # Without PyTorch's cache every tensor has memory of its own, whose ends can be checked.
+          PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+            python -m pytest -q tests/ops -k "cuda and (definition or empty)"
+        done
+      else
+        echo "compute-sanitizer is not on the PATH: left out" >&2
+      fi
+      ;;
+    measure) python examples/efficiency/benchmark_cuda.py "$@" ;;
+    *) step=arguments; echo "unknown step, want build, test, sanitize or measure" >&2; exit 1 ;;
+  esac
+done
