@@ -1,35 +1,54 @@
 """Data and commands that several test files share."""
 
-import os
-import subprocess
+import multiprocessing
 import sys
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import forked  # noqa: E402
 
 
 @pytest.fixture(scope="session")
-def run():
+def start(tmp_path_factory):
+    """Start one of fairseq's commands as a user would, on the CPU; returns the process, with its output."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(forked.IMPORTED)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        patch.setenv("PYTHONWARNINGS", "ignore")
+        forkserver.ensure_running()
+
+    def command(*words, input="", before=""):
+        folder = tmp_path_factory.mktemp("command")
+        (folder / "input").write_text(input, encoding="utf-8")
+        # a script's own path stays
+        words = [str(Path(sys.executable).parent / words[0]), *map(str, words[1:])]
+        files = (str(folder / name) for name in ("input", "output"))
+        process = context.Process(target=forked.execute, args=(words, *files, before))
+        process.output = folder / "output"
+        process.start()
+        return process
+
+    yield command
+    for process in multiprocessing.active_children():
+        process.kill()
+
+
+@pytest.fixture(scope="session")
+def run(start):
     """Run one of fairseq's commands as a user would, on the CPU; returns its output, stderr included."""
 
-    def command(*words, input=None, check=True):
-        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-        done = subprocess.run(
-            [str(Path(sys.executable).parent / str(words[0])), *map(str, words[1:])],
-            input=input,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=env,
-        )
-        if check:
-            assert done.returncode == 0, done.stdout[-4000:]
-        else:
-            assert done.returncode != 0, done.stdout[-4000:]
-        return done.stdout
+    def command(*words, input="", check=True):
+        process = start(*words, input=input)
+        process.join()
+        output = process.output.read_text(encoding="utf-8")
+        assert (process.exitcode == 0) == check, output[-4000:]
+        return output
 
     return command
 

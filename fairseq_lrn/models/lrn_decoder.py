@@ -6,10 +6,10 @@ from typing import Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
-from fairseq.modules import AdaptiveSoftmax, LayerNorm
+from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor
 
-from .lrn_layers import LRNDecoderLayer
+from .lrn_layers import LRNDecoderLayer, find_padding
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
@@ -32,7 +32,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.max_target_positions = cfg.max_target_positions
         self.layers = nn.ModuleList([LRNDecoderLayer(cfg) for _ in range(cfg.decoder_layers)])
         self.num_layers = len(self.layers)
-        self.layer_norm = LayerNorm(embed_dim)
+        self.layer_norm = nn.LayerNorm(embed_dim)
 
         self.adaptive_softmax = None
         self.output_projection = None
@@ -106,9 +106,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
             if saved is not None:
                 states = saved["states"]
         else:
-            mask = prev_output_tokens.eq(self.padding_idx)
-            if bool(mask.any()):
-                padding_mask = mask
+            padding_mask = find_padding(prev_output_tokens, self.padding_idx)
 
         x = self.embed_scale * self.embed_tokens(prev_output_tokens.t())
 
@@ -128,7 +126,8 @@ class LRNDecoder(FairseqIncrementalDecoder):
             if layer_attn is not None and i == alignment_layer:
                 attn = layer_attn
         if incremental_state is not None:
-            self.set_incremental_state(incremental_state, "states", {"states": torch.cat(new_states)})
+            last: Dict[str, Optional[Tensor]] = {"states": torch.cat(new_states)}
+            self.set_incremental_state(incremental_state, "states", last)
         if attn is not None:
             if alignment_heads is not None:
                 attn = attn[:alignment_heads]

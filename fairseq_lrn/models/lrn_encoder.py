@@ -6,10 +6,9 @@ from typing import Dict, List, Optional
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqEncoder
-from fairseq.modules import LayerNorm
 from torch import Tensor
 
-from .lrn_layers import LRNEncoderLayer
+from .lrn_layers import LRNEncoderLayer, find_padding
 
 
 class LRNEncoder(FairseqEncoder):
@@ -30,7 +29,7 @@ class LRNEncoder(FairseqEncoder):
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(cfg.encoder_embed_dim)
         self.max_source_positions = cfg.max_source_positions
         self.layers = nn.ModuleList([LRNEncoderLayer(cfg) for _ in range(cfg.encoder_layers)])
-        self.layer_norm = LayerNorm(cfg.encoder_embed_dim)
+        self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
 
     def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
         """Encode a batch of sentences, padded on the left or on the right.
@@ -42,14 +41,13 @@ class LRNEncoder(FairseqEncoder):
         Returns:
             ``encoder_out`` [(S, B, C)] and ``encoder_padding_mask`` [(B, S)], True at padding, [] without any
         """
-        padding_mask = src_tokens.eq(self.padding_idx)
-        has_pads = bool(padding_mask.any())
+        padding_mask = find_padding(src_tokens, self.padding_idx)
         x = self.embed_scale * self.embed_tokens(src_tokens.t())
         for layer in self.layers:
-            x = layer(x, padding_mask if has_pads else None)
+            x = layer(x, padding_mask)
         return {
             "encoder_out": [self.layer_norm(x)],
-            "encoder_padding_mask": [padding_mask] if has_pads else [],
+            "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
         }
 
     @torch.jit.export

@@ -2,13 +2,25 @@
 
 from typing import Dict, Optional, Tuple
 
+import torch
 import torch.nn as nn
 from fairseq import utils
 from fairseq.models.transformer import Linear
-from fairseq.modules import FairseqDropout, LayerNorm, MultiheadAttention
+from fairseq.modules import FairseqDropout, MultiheadAttention
 from torch import Tensor
 
 from ..modules import LRN
+
+
+def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
+    """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
+
+    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
+    """
+    mask = tokens.eq(padding_idx)
+    if torch.compiler.is_compiling() or bool(mask.any()):
+        return mask
+    return None
 
 
 class FeedForward(nn.Module):
@@ -33,7 +45,7 @@ class LRNEncoderLayer(nn.Module):
         super().__init__()
         embed_dim = cfg.encoder_embed_dim
         self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
-        self.rnn_layer_norm = LayerNorm(embed_dim)
+        self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = LRN(
             embed_dim,
             embed_dim,
@@ -42,7 +54,7 @@ class LRNEncoderLayer(nn.Module):
             output_gate=cfg.cell == "olrn",
         )
         self.out_proj = Linear(2 * embed_dim, embed_dim)
-        self.final_layer_norm = LayerNorm(embed_dim)
+        self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.encoder_ffn_embed_dim, cfg)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
@@ -59,11 +71,11 @@ class LRNDecoderLayer(nn.Module):
         super().__init__()
         embed_dim = cfg.decoder_embed_dim
         self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
-        self.rnn_layer_norm = LayerNorm(embed_dim)
+        self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = LRN(
             embed_dim, embed_dim, activation=str(cfg.cell_activation), output_gate=cfg.cell == "olrn"
         )
-        self.encoder_attn_layer_norm = LayerNorm(embed_dim)
+        self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
         self.encoder_attn = MultiheadAttention(
             embed_dim,
             cfg.decoder_attention_heads,
@@ -72,7 +84,7 @@ class LRNDecoderLayer(nn.Module):
             dropout=cfg.attention_dropout,
             encoder_decoder_attention=True,
         )
-        self.final_layer_norm = LayerNorm(embed_dim)
+        self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.decoder_ffn_embed_dim, cfg)
 
     def forward(
