@@ -1,6 +1,7 @@
 """Data and commands that several test files share."""
 
 import multiprocessing
+import os
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -9,6 +10,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+# for the scripts, which call `python`: this one, activated or not
+os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
 
 import forked  # noqa: E402
 

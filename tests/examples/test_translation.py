@@ -4,7 +4,6 @@ import gzip
 import itertools
 import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -71,7 +70,6 @@ def recipe(data, tmp_path_factory):
     def run(*words, **settings):
         env = {
             **os.environ,
-            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
             "PYTHONWARNINGS": "ignore",
             "MULTI30K": str(data),
             "WORK": "work",
