@@ -22,6 +22,18 @@ using Element =
     std::conditional_t<std::is_same_v<T, at::Half>, __half,
                        std::conditional_t<std::is_same_v<T, at::BFloat16>, __nv_bfloat16, T>>;
 
+// The kernels read elements of less than 4 bytes by the aligned words around them: the storage must
+// not end within one.
+Tensor whole_words(const Tensor& x) {
+  if (x.storage().nbytes() % 4 == 0) {
+    return x;
+  }
+  return at::empty({(x.numel() + 3) / 4 * 4}, x.options())
+      .narrow(0, 0, x.numel())
+      .view(x.sizes())
+      .copy_(x);
+}
+
 // Of (steps, batch, width).
 template <typename T>
 lrn::cuda::Sequence<T> sequence(const Tensor& x) {
@@ -65,16 +77,17 @@ Tensor scan_cuda(const Tensor& projections, const OptionalTensor& initial_state,
   const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
                                         output_gate, reverse, bidirectional);
   const c10::cuda::CUDAGuard guard(projections.device());
-  const Tensor input = lrn::rows_contiguous(projections);
+  const Tensor input = whole_words(lrn::rows_contiguous(projections));
   const OptionalTensor initial =
       initial_state ? OptionalTensor(lrn::rows_contiguous(*initial_state)) : std::nullopt;
+  const OptionalTensor padding =
+      padding_mask ? OptionalTensor(whole_words(*padding_mask)) : std::nullopt;
   const Tensor output = at::empty({s.steps, s.batch, s.width}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "lrn_scan", [&] {
     using T = Element<scalar_t>;
-    launch(
-        lrn::cuda::ForwardArgs<T>{problem(s, reverse), sequence<const T>(input),
-                                  state<const T>(initial), mask(padding_mask), sequence<T>(output)},
-        "lrn_scan", input);
+    launch(lrn::cuda::ForwardArgs<T>{problem(s, reverse), sequence<const T>(input),
+                                     state<const T>(initial), mask(padding), sequence<T>(output)},
+           "lrn_scan", input);
   });
   return output;
 }
@@ -89,18 +102,20 @@ std::tuple<Tensor, Tensor> scan_backward_cuda(const Tensor& grad_output, const T
                                         output_gate, reverse, bidirectional);
   lrn::check_states(grad_output, output, projections, s);
   const c10::cuda::CUDAGuard guard(projections.device());
-  const Tensor input = lrn::rows_contiguous(projections);
-  const Tensor states = lrn::rows_contiguous(output);
-  const Tensor grad = lrn::rows_contiguous(grad_output);
+  const Tensor input = whole_words(lrn::rows_contiguous(projections));
+  const Tensor states = whole_words(lrn::rows_contiguous(output));
+  const Tensor grad = whole_words(lrn::rows_contiguous(grad_output));
   const OptionalTensor initial =
       initial_state ? OptionalTensor(lrn::rows_contiguous(*initial_state)) : std::nullopt;
+  const OptionalTensor padding =
+      padding_mask ? OptionalTensor(whole_words(*padding_mask)) : std::nullopt;
   const Tensor grad_projections = at::empty(input.sizes(), input.options());
   const Tensor grad_state = at::empty({s.batch, s.width}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "lrn_scan_backward", [&] {
         using T = Element<scalar_t>;
         launch(lrn::cuda::BackwardArgs<T>{problem(s, reverse), sequence<const T>(input),
-                                          state<const T>(initial), mask(padding_mask),
+                                          state<const T>(initial), mask(padding),
                                           sequence<const T>(states), sequence<const T>(grad),
                                           sequence<T>(grad_projections), state<T>(grad_state)},
                "lrn_scan_backward", input);

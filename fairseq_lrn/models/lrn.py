@@ -7,7 +7,7 @@ import torch
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import FairseqEncoderDecoderModel, register_model, register_model_architecture
-from fairseq.models.transformer import Embedding
+from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP, Embedding
 from torch import Tensor
 
 from .lrn_decoder import LRNDecoder
@@ -69,6 +69,40 @@ class LRNConfig(FairseqDataclass):
         default=0.0, metadata={"help": "sets adaptive softmax dropout for the tail projections"}
     )
     adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
+    encoder_layerdrop: float = field(default=0.0, metadata={"help": "LayerDrop probability for encoder"})
+    encoder_layers_to_keep: Optional[str] = field(
+        default=None,
+        metadata={"help": "which encoder layers to *keep* when pruning, as a comma-separated list"},
+    )
+    decoder_layerdrop: float = field(default=0.0, metadata={"help": "LayerDrop probability for decoder"})
+    decoder_layers_to_keep: Optional[str] = field(
+        default=None,
+        metadata={"help": "which decoder layers to *keep* when pruning, as a comma-separated list"},
+    )
+    checkpoint_activations: bool = field(
+        default=False,
+        metadata={"help": "checkpoint activations at each layer: less memory for more computation"},
+    )
+    offload_activations: bool = field(
+        default=False,
+        metadata={
+            "help": "checkpoint activations and keep them in CPU memory (sets --checkpoint-activations)"
+        },
+    )
+    min_params_to_wrap: int = field(
+        default=DEFAULT_MIN_PARAMS_TO_WRAP,
+        metadata={
+            "help": "minimum number of params for a layer to be wrapped with FSDP() when training with "
+            "--ddp-backend=fully_sharded (0 with --checkpoint-activations)"
+        },
+    )
+    quant_noise_pq: float = field(
+        default=0.0,
+        metadata={"help": "iterative PQ quantization noise at training time, on all but recurrent weights"},
+    )
+    quant_noise_pq_block_size: int = field(
+        default=8, metadata={"help": "block size of quantization noise at training time"}
+    )
     max_source_positions: int = field(
         default=1024, metadata={"help": "maximum number of tokens in the source sequence"}
     )
@@ -99,6 +133,12 @@ class LRNModel(FairseqEncoderDecoderModel):
                 cannot be shared
         """
         cfg = LRNConfig.from_namespace(cfg)
+        for side in ("encoder", "decoder"):
+            kept = getattr(cfg, f"{side}_layers_to_keep")
+            if kept:
+                setattr(cfg, f"{side}_layers", len(kept.split(",")))
+        if cfg.offload_activations:
+            cfg.checkpoint_activations = True
         _check(cfg, task)
         source = cls.build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg.encoder_embed_path)
         if cfg.share_all_embeddings:
@@ -140,6 +180,17 @@ class LRNModel(FairseqEncoderDecoderModel):
             alignment_layer=alignment_layer,
             alignment_heads=alignment_heads,
         )
+
+    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
+
+        So a checkpoint of a model that was pruned and trained on says what it holds.
+        """
+        result = super().load_state_dict(state_dict, strict, model_cfg, args)
+        if model_cfg is not None:
+            model_cfg.encoder_layers = self.cfg.encoder_layers
+            model_cfg.decoder_layers = self.cfg.decoder_layers
+        return result
 
     @torch.jit.export
     def get_normalized_probs(

@@ -6,10 +6,10 @@ from typing import Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
-from fairseq.modules import AdaptiveSoftmax
+from fairseq.modules import AdaptiveSoftmax, FairseqDropout
 from torch import Tensor
 
-from .lrn_layers import LRNDecoderLayer, find_padding
+from .lrn_layers import LRNDecoderLayer, build_layers, find_padding
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
@@ -30,7 +30,8 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(embed_dim)
         self.max_target_positions = cfg.max_target_positions
-        self.layers = nn.ModuleList([LRNDecoderLayer(cfg) for _ in range(cfg.decoder_layers)])
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.layers = build_layers(LRNDecoderLayer, cfg, cfg.decoder_layers, cfg.decoder_layerdrop)
         self.num_layers = len(self.layers)
         self.layer_norm = nn.LayerNorm(embed_dim)
 
@@ -108,7 +109,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         else:
             padding_mask = find_padding(prev_output_tokens, self.padding_idx)
 
-        x = self.embed_scale * self.embed_tokens(prev_output_tokens.t())
+        x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
 
         attn: Optional[Tensor] = None
         new_states: List[Tensor] = []

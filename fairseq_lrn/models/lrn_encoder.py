@@ -6,9 +6,10 @@ from typing import Dict, List, Optional
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqEncoder
+from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .lrn_layers import LRNEncoderLayer, find_padding
+from .lrn_layers import LRNEncoderLayer, build_layers, find_padding
 
 
 class LRNEncoder(FairseqEncoder):
@@ -28,7 +29,8 @@ class LRNEncoder(FairseqEncoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(cfg.encoder_embed_dim)
         self.max_source_positions = cfg.max_source_positions
-        self.layers = nn.ModuleList([LRNEncoderLayer(cfg) for _ in range(cfg.encoder_layers)])
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.layers = build_layers(LRNEncoderLayer, cfg, cfg.encoder_layers, cfg.encoder_layerdrop)
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
 
     def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
@@ -42,7 +44,7 @@ class LRNEncoder(FairseqEncoder):
             ``encoder_out`` [(S, B, C)] and ``encoder_padding_mask`` [(B, S)], True at padding, [] without any
         """
         padding_mask = find_padding(src_tokens, self.padding_idx)
-        x = self.embed_scale * self.embed_tokens(src_tokens.t())
+        x = self.dropout_module(self.embed_scale * self.embed_tokens(src_tokens.t()))
         for layer in self.layers:
             x = layer(x, padding_mask)
         return {

@@ -1,12 +1,15 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-from typing import Dict, Optional, Tuple
+from typing import Callable, Dict, Optional, Tuple
 
 import torch
 import torch.nn as nn
 from fairseq import utils
+from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import Linear
-from fairseq.modules import FairseqDropout, MultiheadAttention
+from fairseq.modules import FairseqDropout, LayerDropModuleList, MultiheadAttention
+from fairseq.modules.checkpoint_activations import checkpoint_wrapper
+from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
 from ..modules import LRN
@@ -23,13 +26,31 @@ def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
     return None
 
 
+def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:
+    """Return ``number`` blocks ``layer(cfg)``; training leaves out each with probability ``layerdrop``."""
+    layers = LayerDropModuleList(p=layerdrop) if layerdrop > 0 else nn.ModuleList()
+    min_params_to_wrap = cfg.min_params_to_wrap
+    for _ in range(number):
+        block = layer(cfg)
+        if cfg.checkpoint_activations:
+            block = checkpoint_wrapper(block, offload_to_cpu=cfg.offload_activations)
+            min_params_to_wrap = 0
+        layers.append(fsdp_wrap(block, min_num_params=min_params_to_wrap))
+    return layers
+
+
+def build_linear(in_features: int, out_features: int, cfg) -> nn.Module:
+    """Return fairseq's ``Linear``, with quantization noise on its weights where ``cfg`` asks for it."""
+    return quant_noise(Linear(in_features, out_features), cfg.quant_noise_pq, cfg.quant_noise_pq_block_size)
+
+
 class FeedForward(nn.Module):
     """Two linear layers with an activation between them, on (T, B, C)."""
 
     def __init__(self, embed_dim: int, ffn_embed_dim: int, cfg):
         super().__init__()
-        self.fc1 = Linear(embed_dim, ffn_embed_dim)
-        self.fc2 = Linear(ffn_embed_dim, embed_dim)
+        self.fc1 = build_linear(embed_dim, ffn_embed_dim, cfg)
+        self.fc2 = build_linear(ffn_embed_dim, embed_dim, cfg)
         self.activation_fn = utils.get_activation_fn(cfg.activation_fn)
         self.activation_dropout_module = FairseqDropout(cfg.activation_dropout, self.__class__.__name__)
 
@@ -53,7 +74,7 @@ class LRNEncoderLayer(nn.Module):
             activation=str(cfg.cell_activation),
             output_gate=cfg.cell == "olrn",
         )
-        self.out_proj = Linear(2 * embed_dim, embed_dim)
+        self.out_proj = build_linear(2 * embed_dim, embed_dim, cfg)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.encoder_ffn_embed_dim, cfg)
 
@@ -83,6 +104,8 @@ class LRNDecoderLayer(nn.Module):
             vdim=cfg.encoder_embed_dim,
             dropout=cfg.attention_dropout,
             encoder_decoder_attention=True,
+            q_noise=cfg.quant_noise_pq,
+            qn_block_size=cfg.quant_noise_pq_block_size,
         )
         self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.decoder_ffn_embed_dim, cfg)

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+from argparse import Namespace
 from collections import Counter, defaultdict
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,10 +66,11 @@ MISSING = {
         "--adaptive-input --tie-adaptive-weights --tie-adaptive-proj --char-inputs --decoder-output-dim "
         "--merge-src-tgt-embed"
     ),
-    "The layers of lrn are all run, kept, exact and held in memory; nobody has tried it otherwise.": (
-        "--encoder-layerdrop --decoder-layerdrop --encoder-layers-to-keep --decoder-layers-to-keep "
-        "--quant-noise-pq --quant-noise-pq-block-size --quant-noise-scalar --checkpoint-activations "
-        "--offload-activations --min-params-to-wrap --base-layers --base-shuffle --base-sublayers"
+    "BASE layers want as many tokens in each process, so translation aborts with them in transformer too.": (
+        "--base-layers --base-shuffle --base-sublayers"
+    ),
+    "fairseq quantizes weights named weight; those of a recurrence have the names of nn.GRU's.": (
+        "--quant-noise-scalar"
     ),
     "It is an older name of --activation-dropout.": "--relu-dropout",
     "The layer norms of lrn need no other form for TorchScript.": "--export",
@@ -77,6 +79,10 @@ MISSING = {
 HYDRA = "`fairseq-hydra-train`, from a YAML file"
 BFLOAT16 = "bfloat16 on the CPU: `fairseq-hydra-train ... common.bf16=true`"
 ALIGNMENT = "`--print-alignment`, hard and soft"
+LAYERDROP = "`--encoder-layerdrop`, `--decoder-layerdrop`"
+LAYERS_TO_KEEP = "`encoder_layers_to_keep`, `decoder_layers_to_keep` in `--model-overrides`"
+CHECKPOINTING = "`--checkpoint-activations`, `--offload-activations`"
+NOISE = "`--quant-noise-pq`, `--quant-noise-pq-block-size`"
 
 FEATURES = {}
 # (feature, architecture): (what its check ends with, why)
@@ -101,6 +107,11 @@ EXCEPTIONS = {
         )
         for name in (HYDRA, BFLOAT16)
     },
+    **{
+        (name, "lstm"): ("unrecognized arguments", "fairseq's `lstm` has no such options.")
+        for name in (LAYERDROP, CHECKPOINTING, NOISE)
+    },
+    (LAYERS_TO_KEEP, "lstm"): ("has no such layers", "fairseq's `lstm` has no such options."),
     (ALIGNMENT, "lstm"): (
         "== 1",
         "fairseq's `lstm` pads sources on the right, its alignments are read as if it did so on the left.",
@@ -549,6 +560,55 @@ def trains_with_adaptive_softmax(lab):
     )
     lab.run(*words, *options.split(), "--save-dir", folder)
     assert any("adaptive_softmax" in name for name in weights(folder / "checkpoint_last.pt"))
+    assert every_sentence(lab.generate(path=folder / "checkpoint_last.pt"))
+
+
+@feature(LAYERDROP)
+def drops_layers(lab):
+    """With probability 1 no layer is run, so none learns."""
+    options = "--optimizer sgd --momentum 0 --lr 1 --max-update 1 --encoder-layerdrop 1 --decoder-layerdrop 1"
+    folder, _ = lab.train("dropped", *options.split(), "--finetune-from-model", lab.checkpoint())
+    before, after = weights(lab.checkpoint()), weights(folder / "checkpoint_last.pt")
+    for name, tensor in after.items():
+        learns = "layers" not in name and "version" not in name and not name.startswith("encoder.layer_norm")
+        assert torch.equal(tensor, before[name]) != learns, name
+    assert every_sentence(lab.generate(path=folder / "checkpoint_last.pt"))
+
+
+@feature(LAYERS_TO_KEEP)
+def keeps_layers(lab):
+    """With one layer a side it is the smaller model."""
+    state, smaller = load(lab.checkpoint()), lab.folder / "smaller.pt"
+    assert "encoder.layers.1.final_layer_norm.weight" in state["model"], "has no such layers"
+    state["model"] = {
+        name.replace("encoder.layers.1.", "encoder.layers.0."): tensor
+        for name, tensor in state["model"].items()
+        if not name.startswith(("encoder.layers.0.", "decoder.layers.1."))
+    }
+    model = state["cfg"]["model"]
+    (vars(model) if isinstance(model, Namespace) else model).update(encoder_layers=1, decoder_layers=1)
+    torch.save(state, smaller)
+    kept = {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0"}
+    found = lab.generate("--model-overrides", str(kept))
+    assert found == lab.generate(path=smaller) != lab.generate()
+
+
+@feature(CHECKPOINTING)
+def checkpoints_activations(lab):
+    """The weights are those of training without."""
+    options = "--optimizer sgd --momentum 0 --lr 1 --max-update 2".split()
+    plain, _ = lab.train("plain", *options)
+    for name in ("checkpoint", "offload"):
+        folder, _ = lab.train(name, *options, f"--{name}-activations")
+        assert_same(weights(folder / "checkpoint_last.pt"), weights(plain / "checkpoint_last.pt"))
+
+
+@feature(NOISE)
+def trains_with_quantization_noise(lab):
+    folder, output = lab.train("noisy", "--max-update", 1, "--lr", 0, "--quant-noise-pq", 0.5,
+                               "--quant-noise-pq-block-size", 4)  # fmt: skip
+    noisy, plain = (entries(log, "train_inner")[0]["loss"] for log in (output, lab.base()[1]))
+    assert float(noisy) == pytest.approx(float(plain), rel=0.5) and noisy != plain
     assert every_sentence(lab.generate(path=folder / "checkpoint_last.pt"))
 
 
