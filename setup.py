@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import subprocess
 import sys
 from glob import glob
 
@@ -25,29 +26,33 @@ class OptionalBuild(BuildExtension):
                 raise
             self.extensions = []
             print(
-                f"WARNING: fairseq-lrn is installed WITHOUT its compiled operators and will be slow: {error}",
+                f"WARNING: fairseq-lrn is installed WITHOUT its compiled operators and will be slow: {error}"
+                + "\n(FAIRSEQ_LRN_CUDA=0 compiles those for the CPU alone)" * cuda,
                 file=sys.stderr,
             )
 
 
 def build_cuda():
-    """Whether to compile the CUDA kernels, as FAIRSEQ_LRN_CUDA=1 asks; no card has run them yet.
+    """Whether to compile the CUDA kernels: where that is possible, unless FAIRSEQ_LRN_CUDA says 1 or 0.
 
     They are compiled for TORCH_CUDA_ARCH_LIST, by default for the cards of this machine.
     """
-    wish = os.environ.get("FAIRSEQ_LRN_CUDA", "0")
-    if wish not in ("0", "1"):
-        sys.exit(f"FAIRSEQ_LRN_CUDA must be 0 or 1, but is {wish!r}")
+    wish = os.environ.get("FAIRSEQ_LRN_CUDA", "")
+    if wish not in ("", "0", "1"):
+        sys.exit(f"FAIRSEQ_LRN_CUDA must be 0, 1 or not set, but is {wish!r}")
+    nvcc = os.path.join(CUDA_HOME or "", "bin", "nvcc")
+    version = subprocess.check_output([nvcc, "--version"], text=True) if os.path.exists(nvcc) else ""
+    major = str(torch.version.cuda).split(".")[0]
     needs = {
         "a PyTorch built for CUDA": torch.version.cuda is not None,
-        "nvcc (on the PATH, or in CUDA_HOME)": CUDA_HOME is not None,
+        f"nvcc of CUDA {major} (on the PATH, or in CUDA_HOME)": f"release {major}." in version,
         "a CUDA card or TORCH_CUDA_ARCH_LIST": "TORCH_CUDA_ARCH_LIST" in os.environ
         or torch.cuda.is_available(),
     }
     missing = ", ".join(need for need, there in needs.items() if not there)
     if wish == "1" and missing:
         sys.exit(f"FAIRSEQ_LRN_CUDA=1, but to compile the CUDA kernels this lacks: {missing}")
-    return wish == "1"
+    return wish != "0" and not missing
 
 
 requirements = ["torch>=2.4", "numpy", "sacrebleu", "sentencepiece"]

@@ -52,7 +52,7 @@ def test_installs_from_a_fresh_clone(tmp_path):
 @pytest.mark.parametrize(
     ("wish", "words"),
     [
-        ("yes", "FAIRSEQ_LRN_CUDA must be 0 or 1, but is 'yes'"),
+        ("yes", "FAIRSEQ_LRN_CUDA must be 0, 1 or not set, but is 'yes'"),
         pytest.param(
             "1",
             "lacks: a PyTorch built for CUDA",

@@ -145,6 +145,27 @@ def test_adaptive_softmax_trains(run, data, tmp_path):
     assert hypotheses
 
 
+def test_a_pruned_model_trains_on(run, data, checkpoint, tmp_path):
+    """Its checkpoint is of the smaller model, to translate with."""
+    kept = [
+        "--encoder-layers-to-keep",
+        "1",
+        "--decoder-layers-to-keep",
+        "0",
+        "--finetune-from-model",
+        checkpoint,
+    ]
+    train = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, "--share-all-embeddings", "--lr", 0]
+    run(*train, *kept, "--max-update", 1, "--save-dir", tmp_path)
+    pruned = tmp_path / "checkpoint_last.pt"
+    before, after = weights(checkpoint), weights(pruned)
+    name = "layers.{}.final_layer_norm.weight"
+    for side, layer in (("encoder", 1), ("decoder", 0)):
+        assert torch.equal(after[f"{side}.{name.format(0)}"], before[f"{side}.{name.format(layer)}"])
+        assert f"{side}.{name.format(1)}" not in after
+    generate(run, data, pruned)
+
+
 def test_long_sentences_are_refused_or_skipped_by_max_source_positions(run, data, tmp_path):
     command = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, "--max-update", 1, "--max-source-positions", 6,
                "--save-dir", tmp_path]  # fmt: skip

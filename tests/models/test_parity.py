@@ -646,6 +646,20 @@ def trains_with_torchrun(lab):
         )
 
 
+@feature("`torchrun` with `--ddp-backend fully_sharded`, `--min-params-to-wrap`", gpus=2)
+def trains_fully_sharded(lab):
+    pytest.importorskip("fairscale")
+    options = ["--max-epoch", 1]
+    alone, _ = lab.train("one-gpu", *options, "--update-freq", 2, device=())
+    options += ["--ddp-backend", "fully_sharded"]
+    if lab.architecture != "lstm":
+        options += ["--min-params-to-wrap", 1]
+    words = lab.words("sharded", *options, device=())
+    lab.run("torchrun", "--nproc_per_node=2", Path(sys.executable).parent / words[0], *words[1:])
+    one, other = (weights(folder / "checkpoint_last.pt") for folder in (alone, lab.folder / "sharded"))
+    assert_same(other, one, rtol=0, atol=1e-4)
+
+
 @feature("`fairseq-generate`, beam search")
 def translates(lab):
     found = lab.generate("--beam", 5, "--nbest", 5)
