@@ -1,14 +1,16 @@
 """What fairseq needs to save and load checkpoints safely; importing it changes fairseq.
 
-It then refuses what is no checkpoint of its own in one sentence, resumes in several processes, and replaces
-``checkpoint_best.pt`` and ``checkpoint_last.pt`` whole: fairseq itself copies over them in place, so that a
-training ended meanwhile, by a signal or a full disk, leaves a part of a file, from which nothing resumes.
+It then refuses what is no checkpoint of its own in one sentence, resumes in several processes, and keeps
+checkpoints whole. fairseq itself appends to what a failed attempt at saving has written, and copies over
+``checkpoint_best.pt`` and ``checkpoint_last.pt`` in place: a training ended meanwhile, by a signal or a full
+disk, leaves a part of a file, from which nothing resumes.
 """
 
 import os
 import pickle
 import re
-from typing import Any, Optional
+import time
+from typing import Any, BinaryIO, Optional
 
 import torch
 from fairseq import checkpoint_utils
@@ -63,6 +65,19 @@ def _broadcast_object(obj: Any, src_rank: int, group: Any, dist_device: torch.de
     return objects[0]
 
 
+def save(obj: Any, file: BinaryIO) -> None:
+    """Write ``obj`` to ``file``, in three attempts as fairseq does, but each from the file's beginning."""
+    for attempt in (1, 2, 3):
+        try:
+            file.seek(0)
+            file.truncate()
+            return torch.save(obj, file)
+        except Exception:
+            if attempt == 3:
+                raise
+            time.sleep(2.5)
+
+
 def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
     """Copy a file as fairseq does, but to another name that is then changed to ``dst_path``."""
     if not PathManager.supports_rename(dst_path):
@@ -75,5 +90,6 @@ def copy(src_path: str, dst_path: str, overwrite: bool = False) -> bool:
 if torch.__version__ < "2.6":  # where fairseq's calls of torch.load would run what a checkpoint's pickle says
     os.environ.setdefault("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "1")
 checkpoint_utils.load_checkpoint_to_cpu = load_checkpoint_to_cpu
+checkpoint_utils._torch_persistent_save = save
 distributed_utils._broadcast_object_slow = _broadcast_object
 PathManager.copy = staticmethod(copy)

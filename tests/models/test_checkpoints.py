@@ -2,7 +2,9 @@
 
 import os
 import pickle
+import resource
 import shutil
+import signal
 import socket
 import zipfile
 from pathlib import Path
@@ -190,3 +192,20 @@ def test_two_processes_resume(start, run, data, tmp_path):
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+def test_a_save_that_fails_at_first_is_whole(tmp_path):
+    """A file may hold 1,000 bytes until a write has failed; fairseq then tries again."""
+    from fairseq import checkpoint_utils
+
+    import fairseq_lrn.models  # noqa: F401
+
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        checkpoint_utils.torch_persistent_save({"x": torch.ones(1000)}, str(tmp_path / "x.pt"))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
+    assert torch.equal(torch.load(tmp_path / "x.pt", weights_only=True)["x"], torch.ones(1000))
