@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Multi30K English->German, from raw text to BLEU; README.md explains the settings.
 #   bash multi30k.sh ARCH [fairseq-train option ...]   prepare the data, train, translate and score
-#   bash multi30k.sh compare ARCH ...                  scores and speeds of trained models, side by side
+#   bash multi30k.sh compare RUN ...                   scores and speeds of trained models, side by side
 # ARCH is lrn_tiny, any other architecture of fairseq, or "transformer" for fairseq's in the same small form.
 set -euo pipefail
 
@@ -9,9 +9,11 @@ work=${WORK:-multi30k}               # folder for everything this script writes
 run=${RUN:-${1:-}}                   # folder of this training run, in $work
 max_update=${MAX_UPDATE:-3500}       # 0: no limit
 vocab_size=${VOCAB_SIZE:-8000}
-average=${AVERAGE:-}                 # N, at most 10: translate with the mean of the last N epochs, not with the best
+average=${AVERAGE:-10}               # translate with the mean of the last so many epochs, at most 10; 0: the best one
 speed_updates=${SPEED_UPDATES:-40}   # updates of each timed training in "compare", a multiple of 4
 rounds=${ROUNDS:-3}                  # of timed training and translating in "compare"
+name=best                            # of the checkpoint that translates
+[[ $average == 0 ]] || name=average$average
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 url=https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw
@@ -60,14 +62,14 @@ prepare() {
   fi
 }
 
-train() {  # train ARCH FOLDER [option ...]
-  local arch=$1 folder=$2
+train() {  # train FOLDER ARCH [option ...]
+  local folder=$1 arch=$2
   shift 2
   local model=(--arch "$arch")
   if [[ $arch == transformer ]]; then
     model=(--arch transformer_iwslt_de_en --encoder-layers 4 --encoder-embed-dim 128 --encoder-ffn-embed-dim 256
       --encoder-attention-heads 4 --decoder-layers 4 --decoder-embed-dim 128 --decoder-ffn-embed-dim 256
-      --decoder-attention-heads 4 --encoder-normalize-before --decoder-normalize-before)
+      --decoder-attention-heads 4)
   fi
   fairseq-train "$work/bin" --user-dir "$user_dir" --task translation -s en -t de \
     "${model[@]}" --share-all-embeddings --dropout 0.3 \
@@ -87,40 +89,41 @@ translate() {  # translate CHECKPOINT OUTPUT; fairseq's messages go to OUTPUT.lo
 median() { sort -g | awk '{ v[NR] = $1 } END { print (v[int((NR + 1) / 2)] + v[int(NR / 2) + 1]) / 2 }'; }
 
 compare() {
-  local logs=$work/compare interval=$((speed_updates / 4)) arch round parameters bleu chrf words sentences
-  for arch; do
-    [[ -e $work/$arch/best.de ]] || die "no $work/$arch/best.de: run 'bash multi30k.sh $arch' first"
+  local logs=$work/compare interval=$((speed_updates / 4)) run round model parameters bleu chrf words sentences
+  for run; do
+    [[ -e $work/$run/$name.de ]] || die "no $work/$run/$name.de: train and translate with RUN=$run first"
   done
   export CUDA_VISIBLE_DEVICES=  # speeds are of the CPU
   rm -rf "$logs"
   mkdir -p "$logs"
   for ((round = 1; round <= rounds; round++)); do
-    for arch; do
-      step "speed of $arch, round $round of $rounds"
-      train "$arch" "$logs" --max-update "$speed_updates" --log-interval "$interval" \
-        --no-save --disable-validation >> "$logs/$arch.train"
-      translate "$work/$arch/checkpoint_best.pt" "$logs/$arch.generate$round"
+    for run; do
+      step "speed of $run, round $round of $rounds"
+      read -ra model < "$work/$run/trained"
+      train "$logs" "${model[@]:1}" --max-update "$speed_updates" --log-interval "$interval" \
+        --no-save --disable-validation >> "$logs/$run.train"
+      translate "$work/$run/checkpoint_$name.pt" "$logs/$run.generate$round"
     done
   done
 
   step "table"
   echo "| model | parameters | BLEU | chrF | training words/s | sentences/s, beam 5 |"
   echo "|---|---|---|---|---|---|"
-  for arch; do
-    parameters=$(grep -m 1 -o 'num. shared model params: [0-9,]*' "$logs/$arch.train" | cut -d ' ' -f 5)
-    bleu=$(sacrebleu "$work/raw/test.de" -i "$work/$arch/best.de" -m bleu -b -w 1)
-    chrf=$(sacrebleu "$work/raw/test.de" -i "$work/$arch/best.de" -m chrf -b -w 1)
+  for run; do
+    parameters=$(grep -m 1 -o 'num. shared model params: [0-9,]*' "$logs/$run.train" | cut -d ' ' -f 5)
+    bleu=$(sacrebleu "$work/raw/test.de" -i "$work/$run/$name.de" -m bleu -b -w 1)
+    chrf=$(sacrebleu "$work/raw/test.de" -i "$work/$run/$name.de" -m chrf -b -w 1)
     # The first interval warms up.
-    words=$(grep train_inner "$logs/$arch.train" | grep -v "num_updates=$interval," |
+    words=$(grep train_inner "$logs/$run.train" | grep -v "num_updates=$interval," |
       grep -o 'wps=[0-9.]*' | cut -d = -f 2 | median)
-    sentences=$(grep -ho '[0-9.]* sentences/s' "$logs/$arch".generate*.log | cut -d ' ' -f 1 | median)
-    echo "| $arch | $parameters | $bleu | $chrf | $words | $sentences |"
+    sentences=$(grep -ho '[0-9.]* sentences/s' "$logs/$run".generate*.log | cut -d ' ' -f 1 | median)
+    echo "| $run | $parameters | $bleu | $chrf | $words | $sentences |"
   done
 }
 
 step="arguments"
 [[ -n ${1:-} && $* != compare ]] ||
-  die "usage: bash multi30k.sh ARCH [fairseq-train option ...], or: bash multi30k.sh compare ARCH ..."
+  die "usage: bash multi30k.sh ARCH [fairseq-train option ...], or: bash multi30k.sh compare RUN ..."
 if [[ $1 == compare ]]; then
   compare "${@:2}"
   exit
@@ -131,14 +134,12 @@ step "training $run"
 folder=$work/$run
 if [[ ! -e $folder/trained || $(< "$folder/trained") != "$max_update $*" ]]; then
   mkdir -p "$folder"
-  train "$1" "$folder" "${@:2}" | tee -a "$folder/train.log"
+  train "$folder" "$@" | tee -a "$folder/train.log"
   echo "$max_update $*" > "$folder/trained"
 fi
 
-name=best
-if [[ -n $average ]]; then
+if [[ $average != 0 ]]; then
   step "averaging $average checkpoints"
-  name=average$average
   [[ $folder/checkpoint_$name.pt -nt $folder/checkpoint_last.pt ]] ||
     PYTHONPATH=$(dirname "$user_dir")${PYTHONPATH:+:$PYTHONPATH} \
       python "$here/average.py" "$folder" "$average" "$folder/checkpoint_$name.pt"

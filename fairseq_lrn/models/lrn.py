@@ -244,9 +244,12 @@ def _architecture(name: str, **values: Any) -> None:
 
 
 _TINY = {
-    f"{side}_{option}": value
-    for side in ("encoder", "decoder")
-    for option, value in (("embed_dim", 128), ("ffn_embed_dim", 256), ("layers", 4))
+    "encoder_embed_dim": 128,
+    "encoder_ffn_embed_dim": 192,
+    "encoder_layers": 4,
+    "decoder_embed_dim": 128,
+    "decoder_ffn_embed_dim": 256,
+    "decoder_layers": 4,
 }
 _WMT = {"encoder_ffn_embed_dim": 2048, "decoder_ffn_embed_dim": 2048, "decoder_attention_heads": 8}
 

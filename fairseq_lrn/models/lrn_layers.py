@@ -96,6 +96,7 @@ class LRNDecoderLayer(nn.Module):
         self.rnn = LRN(
             embed_dim, embed_dim, activation=str(cfg.cell_activation), output_gate=cfg.cell == "olrn"
         )
+        self.out_proj = build_linear(embed_dim, embed_dim, cfg)
         self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
         self.encoder_attn = MultiheadAttention(
             embed_dim,
@@ -135,7 +136,7 @@ class LRNDecoderLayer(nn.Module):
             output (T, B, C), state after the last step (1, B, C), attention weights (heads, B, T, S) or None
         """
         y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
-        x = x + self.dropout_module(y)
+        x = x + self.dropout_module(self.out_proj(y))
         y, attn = self.encoder_attn(
             query=self.encoder_attn_layer_norm(x),
             key=encoder_out,

@@ -75,6 +75,7 @@ def recipe(data, tmp_path_factory):
             "WORK": "work",
             "VOCAB_SIZE": "300" if "MULTI30K" in os.environ else "100",
             "MAX_UPDATE": "3",
+            "AVERAGE": "0",
             **settings,
         }
         return subprocess.run(["bash", str(RECIPE), *words], cwd=cwd, env=env, capture_output=True, text=True)
@@ -169,7 +170,7 @@ def test_compare_prints_a_table(recipe, transformer):
 def test_compare_needs_a_trained_model(recipe):
     done = recipe("compare", "lrn_wmt_en_de")
     assert done.returncode != 0
-    assert "run 'bash multi30k.sh lrn_wmt_en_de' first" in done.stderr
+    assert "train and translate with RUN=lrn_wmt_en_de first" in done.stderr
 
 
 def test_missing_folder(recipe, tmp_path):

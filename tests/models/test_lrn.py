@@ -177,10 +177,16 @@ def test_states_follow_the_beam():
 def test_every_hypothesis_of_a_beam_scores_as_teacher_forcing_does(device):
     """Through reorderings, finished hypotheses and sentences that leave the batch at different times."""
     model = build(device=device)
-    model.decoder.output_projection.weight.data.mul_(4)  # a peaked distribution ends sentences early
-    source = sentences([7, 3, 11, 5], model.encoder.padding_idx, left=True).to(device)
+    lengths = torch.tensor([7, 3, 11, 5])
+    source = sentences(lengths.tolist(), model.encoder.padding_idx, left=True).to(device)
+    with torch.no_grad():  # </s> like what is looked for on average, so that sentences end early
+        features, _ = model(source, None, source, features_only=True)
+        model.decoder.output_projection.weight[2] = features.mean((0, 1)) / 2
+        model.decoder.output_projection.weight.mul_(4)
     generator = SequenceGenerator([model], task().target_dictionary, beam_size=4, max_len_b=12)
-    found = generator.generate([model], {"net_input": {"src_tokens": source, "src_lengths": None}})
+    found = generator.generate(
+        [model], {"net_input": {"src_tokens": source, "src_lengths": lengths.to(device)}}
+    )
     assert len({len(hypothesis["tokens"]) for beam in found for hypothesis in beam}) > 1
     for i, beam in enumerate(found):
         for hypothesis in beam:

@@ -14,9 +14,9 @@ import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
-from importlib.util import find_spec
 from pathlib import Path
 
+import fairseq
 import pytest
 import sacrebleu
 import sentencepiece
@@ -50,6 +50,8 @@ BATCHES = 7  # of the training set, an odd number for two processes to share
 EPOCHS = 20
 SEARCH = "--beam 3 --max-len-b 20 --num-workers 0 --required-batch-size-multiple 1".split()
 
+OLD = fairseq.__version__ == "0.12.2"
+
 # Why lrn lacks these options of fairseq's transformer.
 MISSING = {
     "The recurrences of lrn know the order, so it embeds no positions.": (
@@ -78,6 +80,8 @@ MISSING = {
 
 HYDRA = "`fairseq-hydra-train`, from a YAML file"
 BFLOAT16 = "bfloat16 on the CPU: `fairseq-hydra-train ... common.bf16=true`"
+DIVERSE = "`--diverse-beam-groups`"
+ENSEMBLES = "ensembles of two to four checkpoints, other architectures among them"
 ALIGNMENT = "`--print-alignment`, hard and soft"
 LAYERDROP = "`--encoder-layerdrop`, `--decoder-layerdrop`"
 LAYERS_TO_KEEP = "`encoder_layers_to_keep`, `decoder_layers_to_keep` in `--model-overrides`"
@@ -306,7 +310,7 @@ def hydra(lab):
     model = ["lrn_tiny"] if lab.architecture == "lrn" else lab.model[1:]
     variables = {"work": "", "user_dir": str(PLUGIN[1]), "max_update": "2"}
     words = subprocess.run(
-        ["bash", "-c", script, RECIPES / "multi30k.sh", model[0], lab.folder / "recipe", *model[1:]],
+        ["bash", "-c", script, RECIPES / "multi30k.sh", lab.folder / "recipe", *model],
         env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     lab.run("fairseq-train", lab.data, *words[1:], "--cpu")
@@ -433,10 +437,7 @@ def validates_with_bleu(lab):
 def logs_to_tensorboard(lab):
     logs = lab.folder / "tensorboard"
     _, output = lab.train("logged", "--max-update", 1, "--no-save", "--tensorboard-logdir", logs)
-    if find_spec("tensorboardX") or find_spec("tensorboard"):
-        assert any(path.stat().st_size > 0 for path in logs.glob("train_inner/events.*"))
-    else:
-        assert "tensorboard not found, please install with" in output
+    assert any(path.stat().st_size > 0 for path in logs.glob("train_inner/events.*")), output
 
 
 @feature("averaging the last N checkpoints")
@@ -701,7 +702,7 @@ def samples(lab):
     assert hypotheses("--sampling", "--sampling-topp", 0.9) != greedy
 
 
-@feature("`--diverse-beam-groups`")
+@feature(DIVERSE)
 def diversifies(lab):
     """A strong penalty makes each group start with another word."""
     options = ["--diverse-beam-groups", 3, "--diverse-beam-strength", 99, "--nbest", 3]
@@ -752,7 +753,7 @@ def replaces_unknown_words(lab):
     assert "<unk>" not in found[0]["H"][0][1]
 
 
-@feature("ensembles of two to four checkpoints, other architectures among them")
+@feature(ENSEMBLES)
 def ensembles(lab):
     """A word's probability in an ensemble is the mean of its models'."""
     others = [labs.checkpoint() for name, labs in lab.labs.items() if name != lab.architecture]
@@ -825,6 +826,8 @@ def takes_long_lines(lab):
 @pytest.mark.parametrize("architecture", MODELS)
 def test_feature(labs, architecture, name):
     check, gpus = FEATURES[name]
+    if OLD and (architecture != "lrn" or name in (DIVERSE, ENSEMBLES)):
+        pytest.skip("fairseq 0.12.2 differs: with PyTorch 2 its own transformer cannot translate")
     if gpus > torch.cuda.device_count():
         pytest.skip(f"needs {gpus} GPUs")
     if (name, architecture) in EXCEPTIONS:
@@ -840,6 +843,7 @@ def test_lrn_does_what_the_transformer_does():
     }
 
 
+@pytest.mark.skipif(OLD, reason="fairseq 0.12.2 has fewer options")
 def test_lrn_has_the_transformers_options_but_for_these(data):
     def names(architecture):
         parser = fairseq_options.get_training_parser()
