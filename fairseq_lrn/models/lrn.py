@@ -10,6 +10,7 @@ from fairseq.models import FairseqEncoderDecoderModel, register_model, register_
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP, Embedding
 from torch import Tensor
 
+from ..modules import CELLS
 from .lrn_decoder import LRNDecoder
 from .lrn_encoder import LRNEncoder
 
@@ -18,11 +19,11 @@ from .lrn_encoder import LRNEncoder
 class LRNConfig(FairseqDataclass):
     """Options of the ``lrn`` model; where fairseq's Transformer has the same option, the name is the same."""
 
-    cell: ChoiceEnum(["lrn", "olrn"]) = field(
-        default="lrn", metadata={"help": "recurrent unit: lrn, or olrn with an output gate"}
+    cell: ChoiceEnum(CELLS) = field(
+        default="lrn", metadata={"help": "recurrent unit; olrn is lrn with an output gate"}
     )
     cell_activation: ChoiceEnum(["tanh", "identity"]) = field(
-        default="tanh", metadata={"help": "activation g of the recurrent unit"}
+        default="tanh", metadata={"help": "activation g of lrn and olrn"}
     )
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
         default="relu", metadata={"help": "activation function of the feed-forward layers"}
@@ -220,6 +221,10 @@ def _check(cfg: LRNConfig, task: Any) -> None:
         raise ValueError(
             f"--decoder-embed-dim is {cfg.decoder_embed_dim}, but must be a multiple of "
             f"--decoder-attention-heads, {cfg.decoder_attention_heads}"
+        )
+    if cfg.cell not in ("lrn", "olrn") and cfg.cell_activation != "tanh":
+        raise ValueError(
+            f"--cell-activation {cfg.cell_activation} is for lrn and olrn, but --cell is {cfg.cell}"
         )
     if cfg.share_all_embeddings:
         if task.source_dictionary != task.target_dictionary:

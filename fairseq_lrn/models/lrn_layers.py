@@ -12,7 +12,7 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
-from ..modules import LRN
+from ..modules import build_recurrent
 
 
 def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
@@ -60,19 +60,15 @@ class FeedForward(nn.Module):
 
 
 class LRNEncoderLayer(nn.Module):
-    """A bidirectional LRN and a feed-forward block, each x + dropout(f(norm(x)))."""
+    """A bidirectional recurrence and a feed-forward block, each x + dropout(f(norm(x)))."""
 
     def __init__(self, cfg):
         super().__init__()
         embed_dim = cfg.encoder_embed_dim
         self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
-        self.rnn = LRN(
-            embed_dim,
-            embed_dim,
-            bidirectional=True,
-            activation=str(cfg.cell_activation),
-            output_gate=cfg.cell == "olrn",
+        self.rnn = build_recurrent(
+            str(cfg.cell), embed_dim, embed_dim, bidirectional=True, activation=str(cfg.cell_activation)
         )
         self.out_proj = build_linear(2 * embed_dim, embed_dim, cfg)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
@@ -86,16 +82,14 @@ class LRNEncoderLayer(nn.Module):
 
 
 class LRNDecoderLayer(nn.Module):
-    """An LRN, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
+    """A recurrence, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
 
     def __init__(self, cfg):
         super().__init__()
         embed_dim = cfg.decoder_embed_dim
         self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
-        self.rnn = LRN(
-            embed_dim, embed_dim, activation=str(cfg.cell_activation), output_gate=cfg.cell == "olrn"
-        )
+        self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=str(cfg.cell_activation))
         self.out_proj = build_linear(embed_dim, embed_dim, cfg)
         self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
         self.encoder_attn = MultiheadAttention(
@@ -127,13 +121,13 @@ class LRNDecoderLayer(nn.Module):
             x: (T, B, C)
             encoder_out: (S, B, C_encoder)
             encoder_padding_mask: (B, S), True at padding
-            state: the recurrence's state before the first step, (1, B, C), zeros if None
+            state: the recurrence's state before the first step, (1, B, C), LSTM's (2, B, C), zeros if None
             padding_mask: (B, T), True at padding
             incremental_state: where attention keeps the encoder's keys and values while decoding
             need_attn: return the attention weights
 
         Returns:
-            output (T, B, C), state after the last step (1, B, C), attention weights (heads, B, T, S) or None
+            output (T, B, C), state after the last step, attention weights (heads, B, T, S) or None
         """
         y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from fairseq_lrn.modules import CELLS
+
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
 # 8, fairseq's default --required-batch-size-multiple, divides neither the training nor the test sentences
@@ -133,6 +135,25 @@ def test_resuming_after_kill_9_reaches_the_same_weights(run, data, tmp_path):
     assert whole.keys() == resumed.keys()
     for name in whole:
         assert torch.equal(whole[name], resumed[name]), name
+
+
+@pytest.mark.parametrize("cell", CELLS[1:])
+def test_every_other_unit_trains_and_translates(run, data, tmp_path, test_sentences, cell):
+    run(
+        "fairseq-train",
+        data,
+        *PLUGIN,
+        *TRAIN,
+        *SMALL,
+        "--cell",
+        cell,
+        "--max-update",
+        2,
+        "--save-dir",
+        tmp_path,
+    )
+    _, hypotheses = generate(run, data, tmp_path / "checkpoint_last.pt")
+    assert sorted(hypotheses) == list(range(len(test_sentences)))
 
 
 def test_adaptive_softmax_trains(run, data, tmp_path):

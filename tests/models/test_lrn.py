@@ -14,6 +14,7 @@ from fairseq.sequence_generator import SequenceGenerator
 import fairseq_lrn  # noqa: F401
 from fairseq_lrn.models import LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
+from fairseq_lrn.modules import CELLS
 
 DEVICES = [
     "cpu",
@@ -112,7 +113,7 @@ def test_tiny_is_within_a_tenth_of_the_small_transformers_parameters():
     assert 0.9 < ratio < 1.1
 
 
-@pytest.mark.parametrize("cell", ["lrn", "olrn"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("left", [False, True])
 @pytest.mark.parametrize("device", DEVICES)
 def test_batch_mates_do_not_matter(device, left, cell):
@@ -141,7 +142,7 @@ def test_left_padded_target_gives_the_same_scores():
     torch.testing.assert_close(scores_left[0, 3:], scores_right[0, :4], rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("cell", ["lrn", "olrn"])
+@pytest.mark.parametrize("cell", CELLS)
 @pytest.mark.parametrize("device", DEVICES)
 def test_incremental_decoding_equals_teacher_forcing(device, cell):
     model = build(device=device, cell=cell)

@@ -1,0 +1,156 @@
+"""The recurrent units that LRN is compared with, called as LRN is: one layer, with a padding mask."""
+
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+
+from .lrn import LRN
+
+CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
+
+
+class ATRCell(nn.Module):
+    """Addition-subtraction twin-gated recurrent unit (Zhang et al., EMNLP 2018)::
+
+    p = x W + b         i = sigmoid(p + q)
+    q = h U + b'        f = sigmoid(p - q)        h' = tanh(i * p + f * h)
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.input = nn.Linear(input_size, hidden_size)
+        self.hidden = nn.Linear(hidden_size, hidden_size)
+        nn.init.xavier_uniform_(self.input.weight)
+        nn.init.orthogonal_(self.hidden.weight)
+        nn.init.zeros_(self.input.bias)
+        nn.init.zeros_(self.hidden.bias)
+
+    def project(self, input: Tensor) -> Tensor:
+        """What does not wait for the state: (..., input_size) to (..., hidden_size)."""
+        return self.input(input)
+
+    def step(self, p: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
+        """Output and next state, both (B, H), from one step's projection and the state (B, H)."""
+        q = self.hidden(state)
+        state = torch.tanh(torch.sigmoid(p + q) * p + torch.sigmoid(p - q) * state)
+        return state, state
+
+
+class SRUCell(nn.Module):
+    """Simple recurrent unit (Lei et al., EMNLP 2018)::
+
+    x_f, x_r, x_c, x_h = x W
+    f = sigmoid(x_f + v_f * c + b_f)        c' = f * c + (1 - f) * x_c
+    r = sigmoid(x_r + v_r * c + b_r)        h = r * c' + (1 - r) * x_h
+    """
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__()
+        self.hidden_size = hidden_size
+        self.weight = nn.Parameter(torch.empty(4 * hidden_size, input_size))
+        self.v = nn.Parameter(torch.zeros(2 * hidden_size))
+        self.bias = nn.Parameter(torch.zeros(2 * hidden_size))
+        for part in self.weight.detach().chunk(4):
+            nn.init.xavier_uniform_(part)
+
+    def project(self, input: Tensor) -> Tensor:
+        """What does not wait for the state: (..., input_size) to (..., 4·hidden_size)."""
+        return nn.functional.linear(input, self.weight)
+
+    def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
+        """Output and next state, both (B, H), from one step's projection (B, 4·H) and the state (B, H)."""
+        gates, x_c, x_h = x.split([2 * self.hidden_size, self.hidden_size, self.hidden_size], 1)
+        f, r = torch.sigmoid(gates + self.v * state.repeat(1, 2) + self.bias).chunk(2, 1)
+        state = f * state + (1 - f) * x_c
+        return r * state + (1 - r) * x_h, state
+
+
+class Unrolled(nn.Module):
+    """A layer of cells that PyTorch runs step by step, the second of ``cells`` against time."""
+
+    def __init__(self, *cells: nn.Module) -> None:
+        super().__init__()
+        self.cells = nn.ModuleList(cells)
+
+    def forward(
+        self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """As :meth:`LRN.forward` on (T, B, C): output (T, B, D·H) and last states (D, B, H)."""
+        outputs, states = [], []
+        for i, cell in enumerate(self.cells):
+            projected = cell.project(input).unbind(0)
+            steps = range(len(projected) - 1, -1, -1) if i else range(len(projected))
+            state = input.new_zeros(input.size(1), cell.hidden_size) if hx is None else hx[i]
+            output = [state] * len(projected)
+            for t in steps:
+                output[t], new = cell.step(projected[t], state)
+                state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
+            outputs.append(torch.stack(output))
+            states.append(state)
+        return torch.cat(outputs, 2), torch.stack(states)
+
+
+class Packed(nn.Module):
+    """A layer ``nn.GRU`` or ``nn.LSTM``, which know of padding in packed sequences only."""
+
+    def __init__(self, rnn: nn.RNNBase) -> None:
+        super().__init__()
+        self.rnn = rnn
+
+    def forward(
+        self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
+    ) -> Tuple[Tensor, Tensor]:
+        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states, h and c, (2·D, B, H)."""
+        lstm = isinstance(self.rnn, nn.LSTM)
+        state = tuple(hx.contiguous().chunk(2)) if lstm and hx is not None else hx
+        if padding_mask is None:
+            output, state = self.rnn(input, state)
+        else:
+            # a stable sort puts the padding, False < True, last
+            order = padding_mask.byte().argsort(dim=1, stable=True).t().unsqueeze(2)
+            lengths = padding_mask.logical_not().sum(1).cpu()
+            packed = pack_padded_sequence(
+                input.gather(0, order.expand_as(input)), lengths, enforce_sorted=False
+            )
+            packed, state = self.rnn(packed, state)
+            sorted_output, _ = pad_packed_sequence(packed, total_length=input.size(0))
+            output = torch.zeros_like(sorted_output).scatter(0, order.expand_as(sorted_output), sorted_output)
+        return output, torch.cat(state) if lstm else state
+
+
+def build_recurrent(
+    cell: str, input_size: int, hidden_size: int, bidirectional: bool = False, activation: str = "tanh"
+) -> nn.Module:
+    """Make one layer of a recurrent unit that is called as :class:`LRN` is, on (T, B, C).
+
+    Args:
+        cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
+        input_size: C
+        hidden_size: H, of each direction
+        bidirectional: run a second direction against time
+        activation: "tanh" or "identity", of lrn and olrn; the others have their own
+
+    Raises:
+        ValueError: there is no such cell, or it has no such activation
+    """
+    if cell in ("lrn", "olrn"):
+        return LRN(
+            input_size,
+            hidden_size,
+            bidirectional=bidirectional,
+            activation=activation,
+            output_gate=cell == "olrn",
+        )
+    if activation != "tanh":
+        raise ValueError(f"activation must be 'tanh' with cell {cell!r}, got {activation!r}")
+    if cell in ("gru", "lstm"):
+        rnn = nn.GRU if cell == "gru" else nn.LSTM
+        return Packed(rnn(input_size, hidden_size, bidirectional=bidirectional))
+    if cell in ("atr", "sru"):
+        unit = ATRCell if cell == "atr" else SRUCell
+        return Unrolled(*(unit(input_size, hidden_size) for _ in range(1 + bidirectional)))
+    raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")

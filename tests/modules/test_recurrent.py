@@ -1,0 +1,140 @@
+"""The units that LRN is compared with, beside their formulas written out."""
+
+import pytest
+import torch
+from torch import nn
+
+from fairseq_lrn.modules import CELLS, LRN, build_recurrent
+
+SIZE, HIDDEN, LENGTHS = 3, 4, [5, 2, 7, 1]
+every_cell = pytest.mark.parametrize("cell", CELLS)
+each_way = pytest.mark.parametrize("bidirectional", [False, True], ids=["forward", "bidirectional"])
+close = torch.testing.assert_close
+
+
+def make(cell, bidirectional=False):
+    torch.manual_seed(1)
+    rnn = build_recurrent(cell, SIZE, HIDDEN, bidirectional).double()
+    for parameter in rnn.parameters():
+        nn.init.uniform_(parameter, -1, 1)
+    return rnn
+
+
+def gru(x, h, w):
+    """Cho et al., 2014, as in nn.GRU's documentation."""
+    r, z, n = (x @ w["weight_ih_l0"].t() + w["bias_ih_l0"]).chunk(3, 1)
+    hr, hz, hn = (h @ w["weight_hh_l0"].t() + w["bias_hh_l0"]).chunk(3, 1)
+    z = 1 / (1 + (-z - hz).exp())
+    n = (n + hn / (1 + (-r - hr).exp())).tanh()
+    h = (1 - z) * n + z * h
+    return h, h
+
+
+def lstm(x, state, w):
+    """Hochreiter and Schmidhuber, 1997, as in nn.LSTM's documentation."""
+    h, c = state.chunk(2)
+    gates = x @ w["weight_ih_l0"].t() + w["bias_ih_l0"] + h @ w["weight_hh_l0"].t() + w["bias_hh_l0"]
+    i, f, g, o = gates.chunk(4, 1)
+    c = c / (1 + (-f).exp()) + g.tanh() / (1 + (-i).exp())
+    h = c.tanh() / (1 + (-o).exp())
+    return h, torch.cat([h, c])
+
+
+def atr(x, h, w):
+    p = x @ w["input.weight"].t() + w["input.bias"]
+    q = h @ w["hidden.weight"].t() + w["hidden.bias"]
+    h = (p / (1 + (-p - q).exp()) + h / (1 + (q - p).exp())).tanh()
+    return h, h
+
+
+def sru(x, c, w):
+    x_f, x_r, x_c, x_h = (x @ part.t() for part in w["weight"].chunk(4))
+    v_f, v_r = w["v"].chunk(2)
+    b_f, b_r = w["bias"].chunk(2)
+    f = 1 / (1 + (-x_f - v_f * c - b_f).exp())
+    r = 1 / (1 + (-x_r - v_r * c - b_r).exp())
+    c = f * c + (1 - f) * x_c
+    return r * c + (1 - r) * x_h, c
+
+
+@pytest.mark.parametrize("formula", [gru, lstm, atr, sru], ids=lambda formula: formula.__name__)
+def test_formula(formula):
+    rnn = make(formula.__name__)
+    weights = {name.split("rnn.")[-1].replace("cells.0.", ""): p for name, p in rnn.named_parameters()}
+    input = torch.randn(6, 2, SIZE, dtype=torch.double)
+    states = 2 if formula is lstm else 1
+    hx = torch.randn(states, 2, HIDDEN, dtype=torch.double)
+    expected, state = [], torch.cat(list(hx))
+    for x in input:
+        output, state = formula(x, state, weights)
+        expected.append(output)
+    output, h_n = rnn(input, hx)
+    close(output, torch.stack(expected))
+    close(h_n, state.view(states, 2, HIDDEN))
+
+
+def test_lrn_is_lrn():
+    assert isinstance(build_recurrent("lrn", 3, 4), LRN)
+    assert build_recurrent("olrn", 3, 4, activation="identity").output_gate
+
+
+@every_cell
+@each_way
+def test_gradients(cell, bidirectional):
+    rnn = make(cell, bidirectional)
+    mask = torch.tensor([[False, True, False], [False, False, True]])
+    input = torch.randn(3, 2, SIZE, dtype=torch.double, requires_grad=True)
+
+    def outputs(input, *parameters):
+        output, h_n = rnn(input, None, mask)
+        return output.masked_fill(mask.t().unsqueeze(2), 0), h_n
+
+    assert torch.autograd.gradcheck(outputs, (input, *rnn.parameters()))
+
+
+@every_cell
+@each_way
+@pytest.mark.parametrize("side", ["left", "right", "between"])
+def test_padding_does_not_matter(cell, bidirectional, side):
+    rnn = make(cell, bidirectional)
+    steps = max(LENGTHS) + 1
+    input = torch.randn(steps, len(LENGTHS), SIZE, dtype=torch.double)
+    mask = torch.ones(len(LENGTHS), steps, dtype=torch.bool)
+    for i, length in enumerate(LENGTHS):
+        real = {
+            "left": slice(steps - length, None),
+            "right": slice(length),
+            "between": slice(0, 2 * length, 2),
+        }
+        at = torch.arange(steps)[real[side]][:length]
+        mask[i, at] = False
+    output, h_n = rnn(input, None, mask)
+    for i in range(len(LENGTHS)):
+        at = ~mask[i]
+        alone, last = rnn(input[at, i : i + 1])
+        close(output[at, i : i + 1], alone)
+        close(h_n[:, i : i + 1], last)
+
+
+@every_cell
+def test_a_sequence_in_two_parts(cell):
+    rnn = make(cell)
+    input = torch.randn(7, 3, SIZE, dtype=torch.double)
+    output, h_n = rnn(input)
+    first, state = rnn(input[:3])
+    second, state = rnn(input[3:], state)
+    close(torch.cat([first, second]), output)
+    close(state, h_n)
+
+
+@pytest.mark.parametrize(
+    ("cell", "activation", "words"),
+    [
+        ("rnn", "tanh", "cell must be one of lrn, olrn, gru, lstm, atr, sru, got 'rnn'"),
+        ("gru", "identity", "activation must be 'tanh' with cell 'gru', got 'identity'"),
+        ("lrn", "relu", "activation"),
+    ],
+)
+def test_errors(cell, activation, words):
+    with pytest.raises(ValueError, match=words):
+        build_recurrent(cell, 3, 4, activation=activation)
