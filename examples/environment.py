@@ -22,7 +22,7 @@ VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOGS = ROOT / "build" / "environment"
 BUILD_TOOLS = ("torch", "numpy", "cython", "setuptools", "wheel", "ninja")
-OTHERS = ("babel", "hypothesis", "pytest", "ruff", "sacrebleu", "sentencepiece", "tensorboardX")
+OTHERS = ("babel", "hypothesis", "matplotlib", "pytest", "ruff", "sacrebleu", "sentencepiece", "tensorboardX")
 
 
 class Failed(Exception):
