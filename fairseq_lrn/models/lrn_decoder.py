@@ -15,7 +15,7 @@ from .lrn_layers import LRNDecoderLayer, build_layers, find_padding
 class LRNDecoder(FairseqIncrementalDecoder):
     """Embeddings and ``cfg.decoder_layers`` blocks of LRN, attention over the encoder and feed-forward.
 
-    While decoding a sentence word by word it keeps one (B, C) state a layer (LSTM two).
+    While decoding a sentence word by word it keeps one (B, C) state a layer, (B, 2·C) with LSTM.
 
     Args:
         cfg: an :class:`~fairseq_lrn.models.lrn.LRNConfig`
@@ -33,7 +33,6 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
         self.layers = build_layers(LRNDecoderLayer, cfg, cfg.decoder_layers, cfg.decoder_layerdrop)
         self.num_layers = len(self.layers)
-        self.num_states = 2 if cfg.cell == "lstm" else 1  # of a layer
         self.layer_norm = nn.LayerNorm(embed_dim)
 
         self.adaptive_softmax = None
@@ -119,7 +118,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
                 x,
                 encoder_x,
                 encoder_padding_mask,
-                states[i * self.num_states : (i + 1) * self.num_states] if states is not None else None,
+                states[i : i + 1] if states is not None else None,
                 padding_mask,
                 incremental_state,
                 i == alignment_layer and not self.training,

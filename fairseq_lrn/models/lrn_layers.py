@@ -121,7 +121,7 @@ class LRNDecoderLayer(nn.Module):
             x: (T, B, C)
             encoder_out: (S, B, C_encoder)
             encoder_padding_mask: (B, S), True at padding
-            state: the recurrence's state before the first step, (1, B, C), LSTM's (2, B, C), zeros if None
+            state: the recurrence's before the first step, (1, B, C), LSTM's (1, B, 2·C), zeros if None
             padding_mask: (B, T), True at padding
             incremental_state: where attention keeps the encoder's keys and values while decoding
             need_attn: return the attention weights

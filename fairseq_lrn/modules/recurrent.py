@@ -104,9 +104,9 @@ class Packed(nn.Module):
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states, h and c, (2·D, B, H)."""
+        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states are h | c, (D, B, 2·H)."""
         lstm = isinstance(self.rnn, nn.LSTM)
-        state = tuple(hx.contiguous().chunk(2)) if lstm and hx is not None else hx
+        state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if lstm and hx is not None else hx
         if padding_mask is None:
             output, state = self.rnn(input, state)
         else:
@@ -119,7 +119,7 @@ class Packed(nn.Module):
             packed, state = self.rnn(packed, state)
             sorted_output, _ = pad_packed_sequence(packed, total_length=input.size(0))
             output = torch.zeros_like(sorted_output).scatter(0, order.expand_as(sorted_output), sorted_output)
-        return output, torch.cat(state) if lstm else state
+        return output, torch.cat(state, 2) if lstm else state
 
 
 def build_recurrent(

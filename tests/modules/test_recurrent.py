@@ -32,12 +32,12 @@ def gru(x, h, w):
 
 def lstm(x, state, w):
     """Hochreiter and Schmidhuber, 1997, as in nn.LSTM's documentation."""
-    h, c = state.chunk(2)
+    h, c = state.chunk(2, 1)
     gates = x @ w["weight_ih_l0"].t() + w["bias_ih_l0"] + h @ w["weight_hh_l0"].t() + w["bias_hh_l0"]
     i, f, g, o = gates.chunk(4, 1)
     c = c / (1 + (-f).exp()) + g.tanh() / (1 + (-i).exp())
     h = c.tanh() / (1 + (-o).exp())
-    return h, torch.cat([h, c])
+    return h, torch.cat([h, c], 1)
 
 
 def atr(x, h, w):
@@ -62,15 +62,14 @@ def test_formula(formula):
     rnn = make(formula.__name__)
     weights = {name.split("rnn.")[-1].replace("cells.0.", ""): p for name, p in rnn.named_parameters()}
     input = torch.randn(6, 2, SIZE, dtype=torch.double)
-    states = 2 if formula is lstm else 1
-    hx = torch.randn(states, 2, HIDDEN, dtype=torch.double)
-    expected, state = [], torch.cat(list(hx))
+    hx = torch.randn(1, 2, (2 if formula is lstm else 1) * HIDDEN, dtype=torch.double)
+    expected, state = [], hx[0]
     for x in input:
         output, state = formula(x, state, weights)
         expected.append(output)
     output, h_n = rnn(input, hx)
     close(output, torch.stack(expected))
-    close(h_n, state.view(states, 2, HIDDEN))
+    close(h_n, state[None])
 
 
 def test_lrn_is_lrn():
