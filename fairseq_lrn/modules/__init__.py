@@ -1,6 +1,7 @@
-"""Recurrent units as ``nn.Module``s."""
+"""Recurrent units as ``nn.Module``s, and attention for recurrences that wait for it."""
 
+from .attention import StepAttention
 from .lrn import LRN
-from .recurrent import CELLS, build_recurrent
+from .recurrent import CELLS, Unrolled, build_cell, build_recurrent
 
-__all__ = ["CELLS", "LRN", "build_recurrent"]
+__all__ = ["CELLS", "LRN", "StepAttention", "Unrolled", "build_cell", "build_recurrent"]

@@ -7,9 +7,77 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
+from ..ops import lrn_scan
 from .lrn import LRN
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
+
+
+class LRNCell(nn.Module):
+    """One step of :class:`LRN`, or of oLRN with ``output_gate``."""
+
+    def __init__(self, input_size: int, hidden_size: int, activation: str, output_gate: bool) -> None:
+        super().__init__()
+        self.state_size = hidden_size
+        self.rnn = LRN(input_size, hidden_size, activation=activation, output_gate=output_gate)
+
+    def project(self, input: Tensor) -> Tensor:
+        """What does not wait for the state: (..., input_size) to (..., 3·hidden_size or 4·hidden_size)."""
+        return nn.functional.linear(input, self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
+
+    def scan(
+        self, projections: Tensor, padding_mask: Optional[Tensor] = None, reverse: bool = False
+    ) -> Tensor:
+        """All states (T, B, H) of a sequence of projections, from a zero state."""
+        rnn = self.rnn
+        return lrn_scan(
+            projections,
+            None,
+            padding_mask,
+            activation=rnn.activation,
+            output_gate=rnn.output_gate,
+            reverse=reverse,
+        )
+
+    def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
+        """Output and next state, both (B, H), from one step's projection and the state (B, H)."""
+        rnn = self.rnn
+        state = lrn_scan(x[None], state, activation=rnn.activation, output_gate=rnn.output_gate)[0]
+        return state, state
+
+
+class GRUCell(nn.GRUCell):
+    """``nn.GRUCell``, called as the others are."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self.state_size = hidden_size
+
+    def project(self, input: Tensor) -> Tensor:
+        """Nothing: ``nn.GRUCell`` projects at each step."""
+        return input
+
+    def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
+        """Output and next state, both (B, H), from one step's input and the state (B, H)."""
+        state = self(x, state)
+        return state, state
+
+
+class LSTMCell(nn.LSTMCell):
+    """``nn.LSTMCell``, called as the others are."""
+
+    def __init__(self, input_size: int, hidden_size: int) -> None:
+        super().__init__(input_size, hidden_size)
+        self.state_size = 2 * hidden_size
+
+    def project(self, input: Tensor) -> Tensor:
+        """Nothing: ``nn.LSTMCell`` projects at each step."""
+        return input
+
+    def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
+        """Output (B, H) and next state h | c (B, 2·H), from one step's input and the state."""
+        h, c = self(x, state.chunk(2, 1))
+        return h, torch.cat([h, c], 1)
 
 
 class ATRCell(nn.Module):
@@ -21,7 +89,7 @@ class ATRCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        self.state_size = hidden_size
         self.input = nn.Linear(input_size, hidden_size)
         self.hidden = nn.Linear(hidden_size, hidden_size)
         nn.init.xavier_uniform_(self.input.weight)
@@ -50,7 +118,7 @@ class SRUCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.hidden_size = hidden_size
+        self.state_size = hidden_size
         self.weight = nn.Parameter(torch.empty(4 * hidden_size, input_size))
         self.v = nn.Parameter(torch.zeros(2 * hidden_size))
         self.bias = nn.Parameter(torch.zeros(2 * hidden_size))
@@ -63,7 +131,7 @@ class SRUCell(nn.Module):
 
     def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection (B, 4·H) and the state (B, H)."""
-        gates, x_c, x_h = x.split([2 * self.hidden_size, self.hidden_size, self.hidden_size], 1)
+        gates, x_c, x_h = x.split([2 * self.state_size, self.state_size, self.state_size], 1)
         f, r = torch.sigmoid(gates + self.v * state.repeat(1, 2) + self.bias).chunk(2, 1)
         state = f * state + (1 - f) * x_c
         return r * state + (1 - r) * x_h, state
@@ -84,7 +152,7 @@ class Unrolled(nn.Module):
         for i, cell in enumerate(self.cells):
             projected = cell.project(input).unbind(0)
             steps = range(len(projected) - 1, -1, -1) if i else range(len(projected))
-            state = input.new_zeros(input.size(1), cell.hidden_size) if hx is None else hx[i]
+            state = input.new_zeros(input.size(1), cell.state_size) if hx is None else hx[i]
             output = [state] * len(projected)
             for t in steps:
                 output[t], new = cell.step(projected[t], state)
@@ -122,20 +190,37 @@ class Packed(nn.Module):
         return output, torch.cat(state, 2) if lstm else state
 
 
+def build_cell(cell: str, input_size: int, hidden_size: int, activation: str = "tanh") -> nn.Module:
+    """Make one step of a recurrent unit, for recurrences that wait for something else at each step.
+
+    It has ``project(input)``, for all steps at once, and ``step(projection, state)``, which returns output
+    (B, H) and next state (B, ``state_size``).
+
+    Args:
+        cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
+        input_size: width of the input
+        hidden_size: H
+        activation: "tanh" or "identity", of lrn and olrn; the others have their own
+
+    Raises:
+        ValueError: there is no such cell, or it has no such activation
+    """
+    if cell in ("lrn", "olrn"):
+        return LRNCell(input_size, hidden_size, activation, cell == "olrn")
+    if cell not in CELLS:
+        raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    if activation != "tanh":
+        raise ValueError(f"activation must be 'tanh' with cell {cell!r}, got {activation!r}")
+    units = {"gru": GRUCell, "lstm": LSTMCell, "atr": ATRCell, "sru": SRUCell}
+    return units[cell](input_size, hidden_size)
+
+
 def build_recurrent(
     cell: str, input_size: int, hidden_size: int, bidirectional: bool = False, activation: str = "tanh"
 ) -> nn.Module:
     """Make one layer of a recurrent unit that is called as :class:`LRN` is, on (T, B, C).
 
-    Args:
-        cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
-        input_size: C
-        hidden_size: H, of each direction
-        bidirectional: run a second direction against time
-        activation: "tanh" or "identity", of lrn and olrn; the others have their own
-
-    Raises:
-        ValueError: there is no such cell, or it has no such activation
+    Arguments and errors are those of :func:`build_cell`; ``bidirectional`` adds a direction against time.
     """
     if cell in ("lrn", "olrn"):
         return LRN(
@@ -145,12 +230,9 @@ def build_recurrent(
             activation=activation,
             output_gate=cell == "olrn",
         )
-    if activation != "tanh":
-        raise ValueError(f"activation must be 'tanh' with cell {cell!r}, got {activation!r}")
-    if cell in ("gru", "lstm"):
+    if cell in ("gru", "lstm") and activation == "tanh":
         rnn = nn.GRU if cell == "gru" else nn.LSTM
         return Packed(rnn(input_size, hidden_size, bidirectional=bidirectional))
-    if cell in ("atr", "sru"):
-        unit = ATRCell if cell == "atr" else SRUCell
-        return Unrolled(*(unit(input_size, hidden_size) for _ in range(1 + bidirectional)))
-    raise ValueError(f"cell must be one of {', '.join(CELLS)}, got {cell!r}")
+    return Unrolled(
+        *(build_cell(cell, input_size, hidden_size, activation) for _ in range(1 + bidirectional))
+    )

@@ -1,13 +1,12 @@
 """The lrn model as PyTorch sees it; test_commands.py runs it through fairseq's commands."""
 
 import argparse
-import types
 
 import fairseq
 import pytest
 import torch
+from batches import DEVICES, dictionary, sentences, task
 from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
-from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.sequence_generator import SequenceGenerator
 
@@ -16,10 +15,6 @@ from fairseq_lrn.models import LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
 from fairseq_lrn.modules import CELLS
 
-DEVICES = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
 SMALL = dict(
     encoder_embed_dim=16,
     encoder_ffn_embed_dim=24,
@@ -31,34 +26,10 @@ SMALL = dict(
 )
 
 
-def dictionary(words=50, first="w"):
-    made = Dictionary()
-    for i in range(words):
-        made.add_symbol(f"{first}{i}")
-    return made
-
-
-def task(source=None, target=None):
-    source = source or dictionary()
-    return types.SimpleNamespace(source_dictionary=source, target_dictionary=target or source)
-
-
 def build(task_=None, device="cpu", **options):
     torch.manual_seed(0)
     config = LRNConfig(**{**SMALL, **options})
     return LRNModel.build_model(config, task_ or task()).to(device).eval()
-
-
-def sentences(lengths, pad, left=False, seed=1):
-    """Random token ids (B, max(lengths)), each sentence ending with </s> (2), padded on one side."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = torch.full((len(lengths), max(lengths)), pad)
-    for row, n in zip(batch, lengths):
-        words = torch.cat([torch.randint(4, 54, (n - 1,), generator=generator), torch.tensor([2])])
-        row[len(row) - n :] = words if left else row[len(row) - n :]
-        if not left:
-            row[:n] = words
-    return batch
 
 
 def architecture(name):

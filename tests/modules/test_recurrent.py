@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_lrn.modules import CELLS, LRN, build_recurrent
+from fairseq_lrn.modules import CELLS, LRN, Unrolled, build_cell, build_recurrent
 
 SIZE, HIDDEN, LENGTHS = 3, 4, [5, 2, 7, 1]
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -70,6 +70,20 @@ def test_formula(formula):
     output, h_n = rnn(input, hx)
     close(output, torch.stack(expected))
     close(h_n, state[None])
+
+
+@every_cell
+def test_cells_step_by_step_are_the_layer(cell):
+    rnn = make(cell)
+    unrolled = Unrolled(build_cell(cell, SIZE, HIDDEN)).double()
+    with torch.no_grad():
+        for one, other in zip(unrolled.parameters(), rnn.parameters()):
+            one.copy_(other)
+    input = torch.randn(6, 3, SIZE, dtype=torch.double)
+    mask = torch.arange(6) >= torch.tensor([[6], [4], [1]])
+    for one, other in zip(unrolled(input, None, mask), rnn(input, None, mask)):
+        keep = ~mask.t().unsqueeze(2) if one.size(0) == 6 else torch.ones(1, dtype=torch.bool)
+        close(one * keep, other * keep)
 
 
 def test_lrn_is_lrn():

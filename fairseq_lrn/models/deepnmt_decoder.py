@@ -1,0 +1,134 @@
+"""The decoder of the ``deepnmt`` model."""
+
+from typing import Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from fairseq.models import FairseqIncrementalDecoder
+from fairseq.models.transformer import Linear
+from fairseq.modules import FairseqDropout
+from torch import Tensor
+
+from ..modules import StepAttention, build_cell, build_recurrent
+from .lrn_layers import find_padding
+
+
+class DeepNMTDecoder(FairseqIncrementalDecoder):
+    """A conditional recurrent layer with attention between its two cells, and layers over what both found.
+
+    The first cell reads the previous word, its output looks for a context in the encoder's output, and the
+    second cell reads that context. Each upper layer reads the sum below it and the context. After each layer
+    come a linear map, dropout, the residual sum and, if asked for, layer normalisation.
+
+    Args:
+        cfg: a :class:`~fairseq_lrn.models.deepnmt.DeepNMTConfig`
+        dictionary: the target :class:`~fairseq.data.Dictionary`
+        embed_tokens: ``nn.Embedding`` of width ``cfg.decoder_embed_dim``
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens):
+        super().__init__(dictionary)
+        size, memory, layers = cfg.decoder_embed_dim, cfg.encoder_embed_dim, cfg.decoder_layers
+        cell, activation = str(cfg.cell), str(cfg.cell_activation)
+        self.embed_tokens = embed_tokens
+        self.embed_bias = nn.Parameter(torch.zeros(size))
+        self.padding_idx = embed_tokens.padding_idx
+        self.max_target_positions = cfg.max_target_positions
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.first = build_cell(cell, size, size, activation)
+        self.attention = StepAttention(size, memory, cfg.decoder_attention_heads, cfg.attention == "additive")
+        self.second = build_cell(cell, memory, size, activation)
+        self.rnns = nn.ModuleList(
+            build_recurrent(cell, size + memory, size, activation=activation) for _ in range(layers - 1)
+        )
+        self.projections = nn.ModuleList(Linear(size, size) for _ in range(layers))
+        self.layer_norms = nn.ModuleList(
+            nn.LayerNorm(size) if cfg.layer_norm else nn.Identity() for _ in range(layers)
+        )
+        width = self.first.state_size
+        self.initial_states = Linear(memory * width // size, layers * width)
+        self.feature = Linear(size + memory, size)
+        self.output_projection = nn.Linear(size, len(dictionary), bias=False)
+        if cfg.share_decoder_input_output_embed:
+            self.output_projection.weight = embed_tokens.weight
+        else:
+            nn.init.normal_(self.output_projection.weight, mean=0, std=size**-0.5)
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        features_only: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
+    ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
+        """Predict each next token.
+
+        Args:
+            prev_output_tokens: (B, T) token ids; with ``incremental_state`` only the last one is read
+            encoder_out: what :class:`~fairseq_lrn.models.deepnmt_encoder.DeepNMTEncoder` returns
+            incremental_state: keeps states and keys between calls that decode word by word
+            features_only: return features (B, T, C) instead of scores
+            alignment_layer: not used, one layer attends
+            alignment_heads: average over this many heads (default: all)
+
+        Returns:
+            scores (B, T, V), and a dictionary with ``attn``: [(B, T, S), averaged over heads]
+        """
+        memory = encoder_out["encoder_out"][0]
+        memory_mask = next(iter(encoder_out["encoder_padding_mask"]), None)
+        saved, padding_mask = None, None
+        if incremental_state is None:
+            padding_mask = find_padding(prev_output_tokens, self.padding_idx)
+        else:
+            prev_output_tokens = prev_output_tokens[:, -1:]
+            saved = self.get_incremental_state(incremental_state, "saved")
+        if saved is None:
+            states = self.initial_states(encoder_out["encoder_state"][0][0])
+            states = states.unflatten(1, (len(self.projections), -1)).transpose(0, 1)
+            saved = {"states": states, "keys": self.attention.project(memory)}
+        states, keys = saved["states"], saved["keys"]
+
+        x = self.dropout_module(self.embed_tokens(prev_output_tokens.t()) + self.embed_bias)
+        projected = self.first.project(x)
+        state, outputs, contexts, weights = states[0], [], [], []
+        for t in range(x.size(0)):
+            query, new = self.first.step(projected[t], state)
+            context, weight = self.attention(query, keys, memory, memory_mask)
+            output, new = self.second.step(self.second.project(context), new)
+            state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
+            outputs.append(output)
+            contexts.append(context)
+            weights.append(weight)
+        y, context = torch.stack(outputs), torch.stack(contexts)
+        new_states = [state[None]]
+        x = self.layer_norms[0](x + self.dropout_module(self.projections[0](y)))
+        for i, rnn in enumerate(self.rnns, 1):
+            y, state = rnn(torch.cat([x, context], 2), states[i : i + 1].contiguous(), padding_mask)
+            x = self.layer_norms[i](x + self.dropout_module(self.projections[i](y)))
+            new_states.append(state)
+        if incremental_state is not None:
+            saved = {"states": torch.cat(new_states), "keys": keys}
+            self.set_incremental_state(incremental_state, "saved", saved)
+
+        x = self.dropout_module(torch.tanh(self.feature(torch.cat([x, context], 2)))).transpose(0, 1)
+        attn = torch.stack(weights, 1)[:, :, :alignment_heads].mean(2)
+        return x if features_only else self.output_layer(x), {"attn": [attn]}
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Map features (B, T, C) to scores (B, T, V)."""
+        return self.output_projection(features)
+
+    def reorder_incremental_state(
+        self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
+    ) -> None:
+        """Follow the beam: pick the states and keys of the hypotheses ``new_order`` (B',)."""
+        saved = self.get_incremental_state(incremental_state, "saved")
+        if saved is not None:
+            saved = {name: x.index_select(1, new_order) for name, x in saved.items()}
+            self.set_incremental_state(incremental_state, "saved", saved)
+
+    def max_positions(self) -> int:
+        """Maximum target length in tokens."""
+        return self.max_target_positions

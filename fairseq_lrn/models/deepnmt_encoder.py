@@ -1,0 +1,113 @@
+"""The encoder of the ``deepnmt`` model."""
+
+from typing import Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from fairseq.models import FairseqEncoder
+from fairseq.models.transformer import Linear
+from fairseq.modules import FairseqDropout
+from torch import Tensor
+
+from ..modules import build_cell, build_recurrent
+from .lrn_layers import find_padding
+
+
+class ContextAwareRecurrent(nn.Module):
+    """A recurrence against time that reads at each step the source, then the state of one along time.
+
+    The context-aware encoder of Zhang et al. (2017), called as :class:`~fairseq_lrn.modules.LRN` is.
+    """
+
+    def __init__(self, cell: str, size: int, activation: str) -> None:
+        super().__init__()
+        self.context = build_recurrent(cell, size, size, activation=activation)
+        self.first = build_cell(cell, size, size, activation)
+        self.second = build_cell(cell, size, size, activation)
+
+    def forward(
+        self, x: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor]
+    ) -> Tuple[Tensor, Tensor]:
+        """Map (T, B, C) to (T, B, C) and the last state (1, B, ``state_size``); ``hx`` must be None."""
+        context, _ = self.context(x, None, padding_mask)
+        x, context = self.first.project(x), self.second.project(context)
+        if hasattr(self.second, "scan"):
+            # both recurrences are one, over twice as many steps
+            steps = torch.stack([context, x], 1).flatten(0, 1)
+            mask = None if padding_mask is None else padding_mask.repeat_interleave(2, 1)
+            output = self.second.scan(steps, mask, reverse=True)[::2]
+            return output, output[:1]
+        state = x.new_zeros(x.size(1), self.second.state_size)
+        outputs: List[Tensor] = []
+        for t in range(x.size(0) - 1, -1, -1):
+            output, new = self.second.step(context[t], self.first.step(x[t], state)[1])
+            state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
+            outputs.insert(0, output)
+        return torch.stack(outputs), state[None]
+
+
+class DeepNMTEncoder(FairseqEncoder):
+    """Embeddings, a bidirectional or context-aware recurrent layer, and further layers along time.
+
+    After each layer come a linear map, dropout, the residual sum and, if asked for, layer normalisation.
+
+    Args:
+        cfg: a :class:`~fairseq_lrn.models.deepnmt.DeepNMTConfig`
+        dictionary: the source :class:`~fairseq.data.Dictionary`
+        embed_tokens: ``nn.Embedding`` of width ``cfg.encoder_embed_dim``
+    """
+
+    def __init__(self, cfg, dictionary, embed_tokens):
+        super().__init__(dictionary)
+        size, cell, activation = cfg.encoder_embed_dim, str(cfg.cell), str(cfg.cell_activation)
+        self.embed_tokens = embed_tokens
+        self.embed_bias = nn.Parameter(torch.zeros(size))
+        self.padding_idx = embed_tokens.padding_idx
+        self.max_source_positions = cfg.max_source_positions
+        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        if cfg.context_aware_encoder:
+            first, width = ContextAwareRecurrent(cell, size, activation), size
+        else:
+            first, width = build_recurrent(cell, size, size, True, activation), 2 * size
+        upper = [
+            build_recurrent(cell, size, size, activation=activation) for _ in range(cfg.encoder_layers - 1)
+        ]
+        self.rnns = nn.ModuleList([first, *upper])
+        self.projections = nn.ModuleList([Linear(width, size), *(Linear(size, size) for _ in upper)])
+        self.layer_norms = nn.ModuleList(
+            nn.LayerNorm(size) if cfg.layer_norm else nn.Identity() for _ in self.rnns
+        )
+
+    def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
+        """Encode a batch of sentences, padded on the left or on the right.
+
+        Args:
+            src_tokens: (B, S) token ids
+            src_lengths: not used, the padding is read off ``src_tokens``
+
+        Returns:
+            ``encoder_out`` [(S, B, C)], ``encoder_padding_mask`` [(B, S)], True at padding, [] without any,
+            and ``encoder_state`` [(1, B, C or, with LSTM, 2·C)], the last layer's last state
+        """
+        padding_mask = find_padding(src_tokens, self.padding_idx)
+        x = self.dropout_module(self.embed_tokens(src_tokens.t()) + self.embed_bias)
+        state = x[:1]
+        for rnn, projection, layer_norm in zip(self.rnns, self.projections, self.layer_norms):
+            y, state = rnn(x, None, padding_mask)
+            x = layer_norm(x + self.dropout_module(projection(y)))
+        return {
+            "encoder_out": [x],
+            "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
+            "encoder_state": [state[:1]],
+        }
+
+    def reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
+        """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (B',)."""
+        return {
+            name: [x.index_select(0 if name == "encoder_padding_mask" else 1, new_order) for x in parts]
+            for name, parts in encoder_out.items()
+        }
+
+    def max_positions(self) -> int:
+        """Maximum source length in tokens."""
+        return self.max_source_positions
