@@ -1,11 +1,13 @@
 """The deepnmt model with each of its units, and through fairseq's commands."""
 
+import argparse
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from batches import DEVICES, sentences, task
+from batches import DEVICES, dictionary, sentences, task
+from fairseq.models import ARCH_CONFIG_REGISTRY
 
 from fairseq_lrn.models import DeepNMTModel
 from fairseq_lrn.models.deepnmt import DeepNMTConfig
@@ -100,6 +102,19 @@ def test_context_aware_layer(cell):
     output, last = layer(x, None, None)
     torch.testing.assert_close(output, torch.stack(expected))
     torch.testing.assert_close(last[0], state)
+
+
+@pytest.mark.parametrize(
+    ("cell", "millions"), [("lrn", 143), ("olrn", 164), ("gru", 206), ("atr", 122), ("sru", 170)]
+)
+def test_parameters_at_paper_scale(cell, millions):
+    """Within 7 % of the paper's, for a vocabulary of 32,000; README.md says where they differ."""
+    args = argparse.Namespace(cell=cell)
+    ARCH_CONFIG_REGISTRY["deepnmt_wmt_en_de"](args)
+    words = dictionary(32_000 - 4)
+    with torch.device("meta"):
+        model = DeepNMTModel.build_model(DeepNMTConfig.from_namespace(args), task(words))
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(1e6 * millions, rel=0.07)
 
 
 @pytest.mark.parametrize("cell", ["lrn", "lstm"])
