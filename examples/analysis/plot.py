@@ -4,6 +4,7 @@ python plot.py CHECKPOINT DATA-BIN SPM.MODEL "A sentence." --output FOLDER
 """
 
 import argparse
+import logging
 import os
 from pathlib import Path
 from typing import List, Tuple
@@ -132,6 +133,7 @@ def main() -> None:
     parser.add_argument("--side", choices=["encoder", "decoder"], default="encoder", help="whose memory")
     parser.add_argument("--layer", type=int, default=0, help="whose memory, counted from 0")
     args = parser.parse_args()
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes every logger tell all
     hub = LRNModel.from_pretrained(
         str(args.checkpoint.parent),
         args.checkpoint.name,

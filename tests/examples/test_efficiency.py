@@ -64,3 +64,18 @@ def test_cuda_command_names_a_step_it_does_not_know(tmp_path):
     run = benchmark(["bash", EFFICIENCY / "cuda.sh", "bild"], tmp_path)
     assert run.returncode == 1
     assert "want build, test, sanitize or measure" in run.stderr
+
+
+def test_units_prints_every_unit_beside_the_paper(tmp_path):
+    sizes = {"width": 16, "layers": 2, "words": 60, "sentences": 2, "length": 5, "updates": 1}
+    options = ["--rounds", "1", "--sizes", json.dumps(sizes), "--json", "out.json", "--plot", "out.png"]
+    run = benchmark([sys.executable, EFFICIENCY / "units.py", *options], tmp_path)
+    assert run.returncode == 0, run.stderr
+    measured = json.loads((tmp_path / "out.json").read_text())["measured"]
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")][1:]
+    assert [row[0] for row in rows] == list(measured) == ["lrn", "olrn", "gru", "lstm", "atr", "sru"]
+    assert rows[0][3] == rows[0][6] == "1.00"
+    assert rows[2][4] == "2.70"
+    assert len({one["parameters"] for (one,) in measured.values()}) > 3
+    assert all(value >= 0 for (one,) in measured.values() for value in one.values())
+    assert (tmp_path / "out.png").stat().st_size > 0

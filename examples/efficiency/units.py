@@ -1,0 +1,194 @@
+"""Rerun the speed columns of the paper's translation table: a model with each recurrent unit, here.
+
+    python units.py [--scale paper] [--model lrn] [--json FILE] [--plot FILE.png]
+
+Each measurement is a process of its own, so that its peak of memory is too; the units take turns.
+"""
+
+import argparse
+import json
+import logging
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Dict, List
+
+import torch
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.sequence_generator import SequenceGenerator
+
+import fairseq_lrn.models  # noqa: F401  registers them
+from fairseq_lrn.modules import CELLS
+
+# Zhang and Sennrich (2019): millions of parameters, training s/batch, decoding ms/sentence
+PAPER = {
+    "lrn": (143, 0.99, 36.50),
+    "olrn": (164, 1.15, 40.19),
+    "gru": (206, 2.67, 45.35),
+    "atr": (122, 1.33, 34.40),
+    "sru": (170, 1.34, 42.84),
+}
+SCALES = {
+    "small": {"width": 256, "layers": 3, "words": 8000, "sentences": 32, "length": 25, "updates": 4},
+    "paper": {"width": 1024, "layers": 6, "words": 32000, "sentences": 80, "length": 50, "updates": 20},
+}
+
+
+def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[str, float]:
+    """Train and translate with random sentences; every translation is as long as its source.
+
+    Returns:
+        parameters, train (seconds a batch, with the update), decode (milliseconds a sentence, beam 4, in one
+        batch) and memory (MiB at the peak of training, beyond what the process had at its start)
+    """
+    cuda = device == "cuda"
+
+    def seconds() -> float:
+        if cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+    torch.manual_seed(0)
+    start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    dictionary = Dictionary()
+    for i in range(scale["words"] - len(dictionary)):
+        dictionary.add_symbol(str(i))
+    cfg = argparse.Namespace(cell=cell, share_decoder_input_output_embed=True)
+    for side in ("encoder", "decoder"):
+        setattr(cfg, f"{side}_embed_dim", scale["width"])
+        setattr(cfg, f"{side}_layers", scale["layers"])
+    ARCH_CONFIG_REGISTRY[model](cfg)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    net = ARCH_MODEL_REGISTRY[model].build_model(cfg, task).to(device)
+    optimizer = torch.optim.Adam(net.parameters())
+
+    def tokens() -> torch.Tensor:
+        words = torch.randint(dictionary.nspecial, len(dictionary), (scale["sentences"], scale["length"]))
+        words[:, -1] = dictionary.eos()
+        return words.to(device)
+
+    train: List[float] = []
+    for _ in range(2 + scale["updates"]):
+        source, target = tokens(), tokens()
+        began = seconds()
+        scores, _ = net(source, None, target.roll(1, 1))
+        torch.nn.functional.cross_entropy(
+            scores.flatten(0, 1), target.flatten(), label_smoothing=0.1
+        ).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        train.append(seconds() - began)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else (peak - start) / 1024
+
+    net.eval()
+    length = scale["length"]
+    generator = SequenceGenerator([net], dictionary, beam_size=4, max_len_b=length, min_len=length)
+    decode: List[float] = []
+    for _ in range(2):
+        source = tokens()
+        lengths = torch.full((len(source),), length, device=device)
+        began = seconds()
+        generator.generate([net], {"net_input": {"src_tokens": source, "src_lengths": lengths}})
+        decode.append(1000 * (seconds() - began) / len(source))
+    return {
+        "parameters": sum(p.numel() for p in net.parameters()),
+        "train": statistics.median(train[2:]),
+        "decode": decode[-1],
+        "memory": memory,
+    }
+
+
+def table(results: Dict[str, Dict[str, float]]) -> str:
+    """Markdown: a row a unit; what was measured, its ratio to LRN's, and the paper's ratio."""
+    lines = [
+        "| unit | parameters | training s/batch | ÷ LRN | paper | decoding ms/sentence | ÷ LRN | paper "
+        "| memory MiB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for cell, result in results.items():
+        row = [cell, f"{result['parameters']:,}"]
+        for column, (name, digits) in enumerate((("train", 3), ("decode", 1)), 1):
+            paper = f"{PAPER[cell][column] / PAPER['lrn'][column]:.2f}" if cell in PAPER else ""
+            row += [f"{result[name]:.{digits}f}", f"{result[name] / results['lrn'][name]:.2f}", paper]
+        lines.append("| " + " | ".join([*row, f"{result['memory']:.0f}"]) + " |")
+    return "\n".join(lines)
+
+
+def plot(results: Dict[str, Dict[str, float]], path: Path) -> None:
+    """Draw the ratios to LRN, beside the paper's."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes every logger tell all
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), layout="constrained", sharey=True)
+    for column, (name, title) in enumerate((("train", "training"), ("decode", "decoding")), 1):
+        for shift, label in ((-0.2, "here"), (0.2, "paper")):
+            cells = [cell for cell in results if label == "here" or cell in PAPER]
+            ratios = [
+                results[cell][name] / results["lrn"][name]
+                if label == "here"
+                else PAPER[cell][column] / PAPER["lrn"][column]
+                for cell in cells
+            ]
+            places = [list(results).index(cell) + shift for cell in cells]
+            bars = axes[column - 1].bar(places, ratios, 0.4, label=label)
+            axes[column - 1].bar_label(bars, fmt="%.2f", fontsize=7)
+        axes[column - 1].set_xticks(range(len(results)), [cell.upper() for cell in results])
+        axes[column - 1].set_title(f"{title} time ÷ LRN's")
+    axes[0].legend()
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Read the command line, measure each unit in its turn, print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--scale", choices=SCALES, default="small", help="paper: for a GPU (default: small)")
+    parser.add_argument("--model", choices=["deepnmt", "lrn"], default="deepnmt")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="turns of each unit, of which medians are shown"
+    )
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", type=Path, help="file for every measurement")
+    parser.add_argument("--plot", type=Path, help="file for a picture of the ratios")
+    parser.add_argument("--sizes", type=json.loads, default={}, help="replace sizes of the scale, as JSON")
+    parser.add_argument("--measure", choices=CELLS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_num_threads(args.threads)
+    if args.measure:
+        scale = {**SCALES[args.scale], **args.sizes}
+        print(json.dumps(measure(args.measure, args.model, scale, device)))
+        return
+
+    measured: Dict[str, List[Dict[str, float]]] = {cell: [] for cell in CELLS}
+    for i in range(args.rounds):
+        for cell in CELLS[i % len(CELLS) :] + CELLS[: i % len(CELLS)]:
+            print(f"round {i + 1} of {args.rounds}: {cell}", file=sys.stderr, flush=True)
+            words = [sys.executable, __file__, *sys.argv[1:], "--measure", cell]
+            output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+            measured[cell].append(json.loads(output.splitlines()[-1]))
+    medians = {
+        cell: {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        for cell, rounds in measured.items()
+    }
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    environment = {"device": machine, "torch": torch.__version__, "threads": args.threads}
+    print(json.dumps({"model": args.model, **SCALES[args.scale], **args.sizes, **environment}), "\n")
+    print(table(medians))
+    if args.json:
+        args.json.write_text(json.dumps({"environment": environment, "measured": measured}, indent=1))
+    if args.plot:
+        plot(medians, args.plot)
+
+
+if __name__ == "__main__":
+    main()
