@@ -10,6 +10,19 @@ DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
 ]
+SMALL = dict(
+    encoder_embed_dim=16,
+    encoder_ffn_embed_dim=24,
+    encoder_layers=2,
+    decoder_embed_dim=16,
+    decoder_ffn_embed_dim=24,
+    decoder_layers=2,
+    decoder_attention_heads=2,
+)
+# the same on a command line
+SMALL_OPTIONS = [
+    word for name, value in SMALL.items() for word in (f"--{name.replace('_', '-')}", str(value))
+]
 
 
 def dictionary(words=50, first="w"):
@@ -34,3 +47,28 @@ def sentences(lengths, pad, left=False, seed=1):
         if not left:
             row[:n] = words
     return batch
+
+
+def assert_batch_mates_do_not_matter(model, left):
+    """Encoding and scores of a sentence are the same alone and beside longer ones, padded on either side."""
+    device = next(model.parameters()).device
+    pad = model.encoder.padding_idx
+    lengths = [7, 3, 11, 1]
+    source = sentences(lengths, pad, left).to(device)
+    target = sentences(lengths, pad, seed=2).to(device)
+    scores, extra = model(source, None, target)
+    for i, n in enumerate(lengths):
+        at = slice(source.size(1) - n, None) if left else slice(n)
+        alone_scores, alone_extra = model(source[i : i + 1, at], None, target[i : i + 1, :n])
+        torch.testing.assert_close(scores[i, :n], alone_scores[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            extra["attn"][0][i, :n, at], alone_extra["attn"][0][0], rtol=1e-4, atol=1e-6
+        )
+
+
+def assert_left_padded_target_gives_the_same_scores(model):
+    pad = model.encoder.padding_idx
+    source, lengths = sentences([5, 6], pad), [4, 7]
+    right, left = (sentences(lengths, pad, side, seed=2) for side in (False, True))
+    scores_right, scores_left = model(source, None, right)[0], model(source, None, left)[0]
+    torch.testing.assert_close(scores_left[0, 3:], scores_right[0, :4], rtol=1e-4, atol=1e-5)

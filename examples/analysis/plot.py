@@ -79,8 +79,7 @@ def look(
     ((input, output),) = seen
     size = rnn.hidden_size
     rows = (4 if rnn.output_gate else 3) * size  # of the first direction
-    bias = None if rnn.bias_ih_l0 is None else rnn.bias_ih_l0[:rows]
-    projections = torch.nn.functional.linear(input[:, 0], rnn.weight_ih_l0[:rows], bias)
+    projections = torch.nn.functional.linear(input[:, 0], rnn.weight_ih_l0[:rows], rnn.bias_ih_l0[:rows])
     return (
         [hub.src_dict[token] for token in source],
         [hub.tgt_dict[token] for token in target],

@@ -15,6 +15,8 @@ rounds=${ROUNDS:-3}                  # of timed training and translating in "com
 name=best                            # of the checkpoint that translates
 [[ $average == 0 ]] || name=average$average
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# Keeps the memory of large tensors from one batch to the next; glibc would return it and have it zeroed again.
+export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 url=https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)

@@ -10,7 +10,7 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
-from .lrn_layers import find_padding
+from .encoder_decoder import build_output_projection, find_padding
 
 
 class DeepNMTDecoder(FairseqIncrementalDecoder):
@@ -48,11 +48,7 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
         width = self.first.state_size
         self.initial_states = Linear(memory * width // size, layers * width)
         self.feature = Linear(size + memory, size)
-        self.output_projection = nn.Linear(size, len(dictionary), bias=False)
-        if cfg.share_decoder_input_output_embed:
-            self.output_projection.weight = embed_tokens.weight
-        else:
-            nn.init.normal_(self.output_projection.weight, mean=0, std=size**-0.5)
+        self.output_projection = build_output_projection(embed_tokens, cfg.share_decoder_input_output_embed)
 
     def forward(
         self,

@@ -10,7 +10,7 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import build_cell, build_recurrent
-from .lrn_layers import find_padding
+from .encoder_decoder import find_padding
 
 
 class ContextAwareRecurrent(nn.Module):
@@ -35,15 +35,15 @@ class ContextAwareRecurrent(nn.Module):
             # both recurrences are one, over twice as many steps
             steps = torch.stack([context, x], 1).flatten(0, 1)
             mask = None if padding_mask is None else padding_mask.repeat_interleave(2, 1)
-            output = self.second.scan(steps, mask, reverse=True)[::2]
+            output = self.second.scan(steps, None, mask, reverse=True)[::2]
             return output, output[:1]
         state = x.new_zeros(x.size(1), self.second.state_size)
         outputs: List[Tensor] = []
         for t in range(x.size(0) - 1, -1, -1):
             output, new = self.second.step(context[t], self.first.step(x[t], state)[1])
             state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
-            outputs.insert(0, output)
-        return torch.stack(outputs), state[None]
+            outputs.append(output)
+        return torch.stack(outputs[::-1]), state[None]
 
 
 class DeepNMTEncoder(FairseqEncoder):

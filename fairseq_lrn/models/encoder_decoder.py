@@ -1,9 +1,10 @@
-"""What the encoder-decoders of this package share: options, embeddings, checks of both, architectures."""
+"""What the encoder-decoders of this package share: options and their checks, embeddings, architectures."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.nn as nn
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import FairseqEncoderDecoderModel, register_model_architecture
@@ -52,6 +53,27 @@ class EncoderDecoderConfig(FairseqDataclass):
     max_target_positions: int = field(
         default=1024, metadata={"help": "maximum number of tokens in the target sequence"}
     )
+
+
+def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
+    """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
+
+    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
+    """
+    mask = tokens.eq(padding_idx)
+    if torch.compiler.is_compiling() or bool(mask.any()):
+        return mask
+    return None
+
+
+def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Linear:
+    """Return the map from features to scores, with the weights of ``embed_tokens`` if they are ``shared``."""
+    projection = nn.Linear(embed_tokens.embedding_dim, embed_tokens.num_embeddings, bias=False)
+    if shared:
+        projection.weight = embed_tokens.weight
+    else:
+        nn.init.normal_(projection.weight, mean=0, std=embed_tokens.embedding_dim**-0.5)
+    return projection
 
 
 class EncoderDecoderModel(FairseqEncoderDecoderModel):
@@ -116,17 +138,6 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
             alignment_layer=alignment_layer,
             alignment_heads=alignment_heads,
         )
-
-    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
-
-        So a checkpoint of a model that was pruned and trained on says what it holds.
-        """
-        result = super().load_state_dict(state_dict, strict, model_cfg, args)
-        if model_cfg is not None:
-            model_cfg.encoder_layers = self.cfg.encoder_layers
-            model_cfg.decoder_layers = self.cfg.decoder_layers
-        return result
 
     @torch.jit.export
     def get_normalized_probs(

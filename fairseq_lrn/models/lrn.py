@@ -96,6 +96,17 @@ class LRNModel(EncoderDecoderModel):
         if cfg.offload_activations:
             cfg.checkpoint_activations = True
 
+    def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
+        """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
+
+        So a checkpoint of a model that was pruned and trained on says what it holds.
+        """
+        result = super().load_state_dict(state_dict, strict, model_cfg, args)
+        if model_cfg is not None:
+            model_cfg.encoder_layers = self.cfg.encoder_layers
+            model_cfg.decoder_layers = self.cfg.decoder_layers
+        return result
+
 
 _TINY = {
     "encoder_embed_dim": 128,

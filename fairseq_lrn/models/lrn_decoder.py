@@ -9,7 +9,8 @@ from fairseq.models import FairseqIncrementalDecoder
 from fairseq.modules import AdaptiveSoftmax, FairseqDropout
 from torch import Tensor
 
-from .lrn_layers import LRNDecoderLayer, build_layers, find_padding
+from .encoder_decoder import build_output_projection, find_padding
+from .lrn_layers import LRNDecoderLayer, build_layers
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
@@ -46,11 +47,9 @@ class LRNDecoder(FairseqIncrementalDecoder):
                 factor=cfg.adaptive_softmax_factor,
             )
         else:
-            self.output_projection = nn.Linear(embed_dim, len(dictionary), bias=False)
-            if cfg.share_decoder_input_output_embed:
-                self.output_projection.weight = embed_tokens.weight
-            else:
-                nn.init.normal_(self.output_projection.weight, mean=0, std=embed_dim**-0.5)
+            self.output_projection = build_output_projection(
+                embed_tokens, cfg.share_decoder_input_output_embed
+            )
 
     def forward(
         self,

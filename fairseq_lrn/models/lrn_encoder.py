@@ -9,7 +9,8 @@ from fairseq.models import FairseqEncoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .lrn_layers import LRNEncoderLayer, build_layers, find_padding
+from .encoder_decoder import find_padding
+from .lrn_layers import LRNEncoderLayer, build_layers
 
 
 class LRNEncoder(FairseqEncoder):

@@ -2,7 +2,6 @@
 
 from typing import Callable, Dict, Optional, Tuple
 
-import torch
 import torch.nn as nn
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
@@ -13,17 +12,6 @@ from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
 from ..modules import build_recurrent
-
-
-def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
-    """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
-
-    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
-    """
-    mask = tokens.eq(padding_idx)
-    if torch.compiler.is_compiling() or bool(mask.any()):
-        return mask
-    return None
 
 
 def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:

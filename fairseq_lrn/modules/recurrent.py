@@ -26,23 +26,25 @@ class LRNCell(nn.Module):
         return nn.functional.linear(input, self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
 
     def scan(
-        self, projections: Tensor, padding_mask: Optional[Tensor] = None, reverse: bool = False
+        self,
+        projections: Tensor,
+        state: Optional[Tensor] = None,
+        padding_mask: Optional[Tensor] = None,
+        reverse: bool = False,
     ) -> Tensor:
-        """All states (T, B, H) of a sequence of projections, from a zero state."""
-        rnn = self.rnn
+        """All states (T, B, H) of a sequence of projections, from a state (B, H), zeros if None."""
         return lrn_scan(
             projections,
-            None,
+            state,
             padding_mask,
-            activation=rnn.activation,
-            output_gate=rnn.output_gate,
+            activation=self.rnn.activation,
+            output_gate=self.rnn.output_gate,
             reverse=reverse,
         )
 
     def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection and the state (B, H)."""
-        rnn = self.rnn
-        state = lrn_scan(x[None], state, activation=rnn.activation, output_gate=rnn.output_gate)[0]
+        state = self.scan(x[None], state)[0]
         return state, state
 
 

@@ -12,15 +12,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from batches import SMALL_OPTIONS
 
 import fairseq_lrn  # noqa: F401  lets torch.load read fairseq's checkpoints with weights_only=True
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
-SMALL = (
-    "--encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 24 --decoder-ffn-embed-dim 24 "
-    "--encoder-layers 2 --decoder-layers 2 --decoder-attention-heads 2 --share-all-embeddings"
-).split()
 TRAIN = (
     "--optimizer adam --lr 0.005 --criterion label_smoothed_cross_entropy --label-smoothing 0.1 "
     "--max-tokens 400 --required-batch-size-multiple 1 --cpu --num-workers 0 --seed 3 "
@@ -34,8 +31,8 @@ EXTRAS = (
 
 
 def train(data, arch, folder, updates, *options):
-    return ["fairseq-train", data, *PLUGIN, "--arch", arch, *TRAIN, *SMALL, "--max-update", updates,
-            "--save-dir", folder, *options]  # fmt: skip
+    return ["fairseq-train", data, *PLUGIN, "--arch", arch, *TRAIN, *SMALL_OPTIONS, "--share-all-embeddings",
+            "--max-update", updates, "--save-dir", folder, *options]  # fmt: skip
 
 
 def generate(data, checkpoint):

@@ -9,16 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import SMALL_OPTIONS
 
 from fairseq_lrn.modules import CELLS
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
 # 8, fairseq's default --required-batch-size-multiple, divides neither the training nor the test sentences
-SMALL = (
-    "--encoder-embed-dim 16 --decoder-embed-dim 16 --encoder-ffn-embed-dim 24 --decoder-ffn-embed-dim 24 "
-    "--encoder-layers 2 --decoder-layers 2 --decoder-attention-heads 2"
-).split()
 TRAIN = (
     "--arch lrn_tiny --optimizer adam --lr 0.005 --criterion label_smoothed_cross_entropy "
     "--label-smoothing 0.1 --max-tokens 400 --required-batch-size-multiple 1 --cpu --num-workers 0 "
@@ -30,7 +27,7 @@ TRAIN = (
 def checkpoint(run, data, tmp_path_factory):
     """A small model after twelve updates."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    run("fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, "--share-all-embeddings", "--max-update", 12,
+    run("fairseq-train", data, *PLUGIN, *TRAIN, *SMALL_OPTIONS, "--share-all-embeddings", "--max-update", 12,
         "--save-dir", folder)  # fmt: skip
     return folder / "checkpoint_last.pt"
 
@@ -103,8 +100,8 @@ def test_interactive_answers_every_line_in_order(run, data, checkpoint, test_sen
 
 def test_resuming_after_kill_9_reaches_the_same_weights(run, data, tmp_path):
     """A run killed in the middle of an epoch and started again ends with an undisturbed one's weights."""
-    command = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, "--dropout", 0.3, "--save-interval-updates", 3,
-               "--max-update", 10]  # fmt: skip
+    command = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL_OPTIONS, "--dropout", 0.3,
+               "--save-interval-updates", 3, "--max-update", 10]  # fmt: skip
     run(*command, "--save-dir", tmp_path / "undisturbed")
 
     words = [
@@ -144,7 +141,7 @@ def test_every_other_unit_trains_and_translates(run, data, tmp_path, test_senten
         data,
         *PLUGIN,
         *TRAIN,
-        *SMALL,
+        *SMALL_OPTIONS,
         "--cell",
         cell,
         "--max-update",
@@ -160,7 +157,7 @@ def test_adaptive_softmax_trains(run, data, tmp_path):
     options = [word for word in TRAIN if word not in ("--label-smoothing", "0.1")]
     options[options.index("label_smoothed_cross_entropy")] = "adaptive_loss"
     options += ["--adaptive-softmax-cutoff", "20,40", "--ddp-backend", "legacy_ddp", "--max-update", 2]
-    out = run("fairseq-train", data, *PLUGIN, *options, *SMALL, "--save-dir", tmp_path)
+    out = run("fairseq-train", data, *PLUGIN, *options, *SMALL_OPTIONS, "--save-dir", tmp_path)
     assert "num_updates=2" in out
     _, hypotheses = generate(run, data, tmp_path / "checkpoint_last.pt")
     assert hypotheses
@@ -176,7 +173,7 @@ def test_a_pruned_model_trains_on(run, data, checkpoint, tmp_path):
         "--finetune-from-model",
         checkpoint,
     ]
-    train = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, "--share-all-embeddings", "--lr", 0]
+    train = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL_OPTIONS, "--share-all-embeddings", "--lr", 0]
     run(*train, *kept, "--max-update", 1, "--save-dir", tmp_path)
     pruned = tmp_path / "checkpoint_last.pt"
     before, after = weights(checkpoint), weights(pruned)
@@ -188,8 +185,8 @@ def test_a_pruned_model_trains_on(run, data, checkpoint, tmp_path):
 
 
 def test_long_sentences_are_refused_or_skipped_by_max_source_positions(run, data, tmp_path):
-    command = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, "--max-update", 1, "--max-source-positions", 6,
-               "--save-dir", tmp_path]  # fmt: skip
+    command = ["fairseq-train", data, *PLUGIN, *TRAIN, *SMALL_OPTIONS, "--max-update", 1,
+               "--max-source-positions", 6, "--save-dir", tmp_path]  # fmt: skip
     assert "since max_positions=(6, 1024)" in run(*command, check=False)
     assert "samples have invalid sizes and will be skipped" in run(
         *command, "--skip-invalid-size-inputs-valid-test"
@@ -204,7 +201,9 @@ def test_long_sentences_are_refused_or_skipped_by_max_source_positions(run, data
     ],
 )
 def test_errors_reach_the_command_line(run, data, tmp_path, options, words):
-    out = run("fairseq-train", data, *PLUGIN, *TRAIN, *SMALL, *options, "--save-dir", tmp_path, check=False)
+    out = run(
+        "fairseq-train", data, *PLUGIN, *TRAIN, *SMALL_OPTIONS, *options, "--save-dir", tmp_path, check=False
+    )
     assert words in out.splitlines()[-1]
 
 

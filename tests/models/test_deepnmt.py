@@ -6,7 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from batches import DEVICES, dictionary, sentences, task
+from batches import (
+    DEVICES,
+    assert_batch_mates_do_not_matter,
+    assert_left_padded_target_gives_the_same_scores,
+    dictionary,
+    sentences,
+    task,
+)
 from fairseq.models import ARCH_CONFIG_REGISTRY
 
 from fairseq_lrn.models import DeepNMTModel
@@ -34,27 +41,12 @@ def build(device="cpu", **options):
 @each_device
 def test_batch_mates_do_not_matter(device, left, form, cell):
     model = build(device, cell=cell, **form)
-    pad, lengths = model.encoder.padding_idx, [7, 3, 11, 1]
-    source = sentences(lengths, pad, left).to(device)
-    target = sentences(lengths, pad, seed=2).to(device)
-    scores, extra = model(source, None, target)
-    for i, n in enumerate(lengths):
-        at = slice(source.size(1) - n, None) if left else slice(n)
-        alone, alone_extra = model(source[i : i + 1, at], None, target[i : i + 1, :n])
-        torch.testing.assert_close(scores[i, :n], alone[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            extra["attn"][0][i, :n, at], alone_extra["attn"][0][0], rtol=1e-4, atol=1e-6
-        )
+    assert_batch_mates_do_not_matter(model, left)
 
 
 @every_cell
 def test_left_padded_target_gives_the_same_scores(cell):
-    model = build(cell=cell)
-    pad = model.encoder.padding_idx
-    source, lengths = sentences([5, 6], pad), [4, 7]
-    right, left = (sentences(lengths, pad, side, seed=2) for side in (False, True))
-    scores_right, scores_left = model(source, None, right)[0], model(source, None, left)[0]
-    torch.testing.assert_close(scores_left[0, 3:], scores_right[0, :4], rtol=1e-4, atol=1e-5)
+    assert_left_padded_target_gives_the_same_scores(build(cell=cell))
 
 
 @every_cell

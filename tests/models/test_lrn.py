@@ -5,7 +5,15 @@ import argparse
 import fairseq
 import pytest
 import torch
-from batches import DEVICES, dictionary, sentences, task
+from batches import (
+    DEVICES,
+    SMALL,
+    assert_batch_mates_do_not_matter,
+    assert_left_padded_target_gives_the_same_scores,
+    dictionary,
+    sentences,
+    task,
+)
 from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.sequence_generator import SequenceGenerator
@@ -14,16 +22,6 @@ import fairseq_lrn  # noqa: F401
 from fairseq_lrn.models import LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
 from fairseq_lrn.modules import CELLS
-
-SMALL = dict(
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_layers=2,
-    decoder_embed_dim=16,
-    decoder_ffn_embed_dim=24,
-    decoder_layers=2,
-    decoder_attention_heads=2,
-)
 
 
 def build(task_=None, device="cpu", **options):
@@ -90,27 +88,11 @@ def test_tiny_is_within_a_tenth_of_the_small_transformers_parameters():
 def test_batch_mates_do_not_matter(device, left, cell):
     """Encoding and scores of a sentence are the same alone and beside longer ones, padded on either side."""
     model = build(device=device, cell=cell)
-    pad = model.encoder.padding_idx
-    lengths = [7, 3, 11, 1]
-    source = sentences(lengths, pad, left).to(device)
-    target = sentences(lengths, pad, seed=2).to(device)
-    scores, extra = model(source, None, target)
-    for i, n in enumerate(lengths):
-        at = slice(source.size(1) - n, None) if left else slice(n)
-        alone_scores, alone_extra = model(source[i : i + 1, at], None, target[i : i + 1, :n])
-        torch.testing.assert_close(scores[i, :n], alone_scores[0], rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(
-            extra["attn"][0][i, :n, at], alone_extra["attn"][0][0], rtol=1e-4, atol=1e-6
-        )
+    assert_batch_mates_do_not_matter(model, left)
 
 
 def test_left_padded_target_gives_the_same_scores():
-    model = build()
-    pad = model.encoder.padding_idx
-    source, lengths = sentences([5, 6], pad), [4, 7]
-    right, left = (sentences(lengths, pad, side, seed=2) for side in (False, True))
-    scores_right, scores_left = model(source, None, right)[0], model(source, None, left)[0]
-    torch.testing.assert_close(scores_left[0, 3:], scores_right[0, :4], rtol=1e-4, atol=1e-5)
+    assert_left_padded_target_gives_the_same_scores(build())
 
 
 @pytest.mark.parametrize("cell", CELLS)

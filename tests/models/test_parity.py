@@ -21,6 +21,7 @@ import pytest
 import sacrebleu
 import sentencepiece
 import torch
+from batches import SMALL_OPTIONS
 from fairseq import options as fairseq_options
 from omegaconf import OmegaConf
 
@@ -30,15 +31,11 @@ ROOT = Path(__file__).resolve().parents[2]
 RECIPES = ROOT / "examples" / "translation"
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
 
-BOTH = (
-    "--encoder-embed-dim 16 --encoder-ffn-embed-dim 24 --encoder-layers 2 --decoder-embed-dim 16 "
-    "--decoder-ffn-embed-dim 24 --decoder-layers 2 --decoder-attention-heads 2"
-)
 MODELS = {
     "lstm": "--arch lstm --encoder-embed-dim 16 --encoder-hidden-size 32 --encoder-layers 1 "
     "--decoder-embed-dim 16 --decoder-hidden-size 32 --decoder-out-embed-dim 16 --decoder-layers 1".split(),
-    "transformer": f"--arch transformer_iwslt_de_en --encoder-attention-heads 2 {BOTH}".split(),
-    "lrn": f"--arch lrn_iwslt_de_en {BOTH}".split(),
+    "transformer": ["--arch", "transformer_iwslt_de_en", "--encoder-attention-heads", "2", *SMALL_OPTIONS],
+    "lrn": ["--arch", "lrn_iwslt_de_en", *SMALL_OPTIONS],
 }
 RATES = {"lstm": 0.03, "transformer": 0.01, "lrn": 0.01}  # to learn something in a few seconds
 TRAIN = (

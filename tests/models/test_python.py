@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import SMALL, SMALL_OPTIONS
 from fairseq.data.data_utils import collate_tokens
 from fairseq.sequence_generator import SequenceGenerator
 
@@ -16,16 +17,6 @@ from fairseq_lrn.models.lrn import LRNConfig
 
 PACKAGE = Path(__file__).resolve().parents[2] / "fairseq_lrn"
 SENTENCES = ["One day", "", "12 March 2019", "the first quarter, and a longer one"]
-SMALL = dict(
-    encoder_embed_dim=16,
-    encoder_ffn_embed_dim=24,
-    encoder_layers=2,
-    decoder_embed_dim=16,
-    decoder_ffn_embed_dim=24,
-    decoder_layers=2,
-    decoder_attention_heads=2,
-    dropout=0.0,
-)
 TRAIN = (
     "-s en -t de --arch lrn_tiny --share-all-embeddings --optimizer adam --lr 0.01 --criterion cross_entropy "
     "--max-tokens 800 --required-batch-size-multiple 1 --cpu --num-workers 0 --max-update 150 "
@@ -41,8 +32,18 @@ quiet_torchscript = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWa
 def folder(run, corpus, data, tmp_path_factory):
     """A model with all that it needs, as one hands it on."""
     folder = tmp_path_factory.mktemp("model")
-    sizes = [f"--{name.replace('_', '-')}={value}" for name, value in SMALL.items()]
-    run("fairseq-train", data, "--user-dir", PACKAGE, *TRAIN, *sizes, "--save-dir", folder)
+    run(
+        "fairseq-train",
+        data,
+        "--user-dir",
+        PACKAGE,
+        *TRAIN,
+        *SMALL_OPTIONS,
+        "--dropout",
+        0,
+        "--save-dir",
+        folder,
+    )
     for language in ("en", "de"):
         shutil.copy(data / f"dict.{language}.txt", folder)
     shutil.copy(corpus / "spm.model", folder)
@@ -60,7 +61,7 @@ def hub(folder):
 def model(hub):
     """An untrained model of another form."""
     torch.manual_seed(0)
-    config = LRNConfig(**{**SMALL, "encoder_embed_dim": 12, "cell": "olrn"})
+    config = LRNConfig(**{**SMALL, "dropout": 0.0, "encoder_embed_dim": 12, "cell": "olrn"})
     return LRNModel.build_model(config, hub.task).eval()
 
 
