@@ -4,6 +4,7 @@
 #   bash multi30k.sh compare RUN ...                   scores and speeds of trained models, side by side
 # ARCH is lrn_tiny, any other architecture of fairseq, or "transformer" for fairseq's in the same small form.
 set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/../recipe.sh"
 
 work=${WORK:-multi30k}               # folder for everything this script writes
 run=${RUN:-${1:-}}                   # folder of this training run, in $work
@@ -14,18 +15,8 @@ speed_updates=${SPEED_UPDATES:-40}   # updates of each timed training in "compar
 rounds=${ROUNDS:-3}                  # of timed training and translating in "compare"
 name=best                            # of the checkpoint that translates
 [[ $average == 0 ]] || name=average$average
-export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-# Keeps the memory of large tensors from one batch to the next; glibc would return it and have it zeroed again.
-export MALLOC_MMAP_MAX_=0 MALLOC_TRIM_THRESHOLD_=1000000000000
 
 url=https://raw.githubusercontent.com/multi30k/dataset/a3d2e0d26b56f3846f66a952536ffed4e401d05a/data/task1/raw
-here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-# The installed package, else this checkout's; asked from / lest the current folder hide the installed one.
-user_dir=$(cd / && python -m fairseq_lrn 2> /dev/null) || user_dir=$(dirname "$(dirname "$here")")/fairseq_lrn
-
-step() { step=$1; echo "== $step" >&2; }
-die() { echo "$*" >&2; exit 1; }
-trap '[[ $? -eq 0 ]] || echo "multi30k.sh: failed in step: $step" >&2' EXIT
 
 prepare() {
   step "raw text"
@@ -52,7 +43,7 @@ prepare() {
 
   step "sentencepiece"
   if [[ ! -d $work/bpe ]]; then
-    python "$here/bpe.py" "$work/raw" "$work/bpe.part" "$vocab_size"
+    python "$examples/translation/bpe.py" "$work/raw" "$work/bpe.part" "$vocab_size"
     mv "$work/bpe.part" "$work/bpe"
   fi
 
@@ -88,8 +79,6 @@ translate() {  # translate CHECKPOINT OUTPUT; fairseq's messages go to OUTPUT.lo
     > "$2" 2> "$2.log" || { tail -n 20 "$2.log" >&2; die "fairseq-generate failed, see $2.log"; }
 }
 
-median() { sort -g | awk '{ v[NR] = $1 } END { print (v[int((NR + 1) / 2)] + v[int(NR / 2) + 1]) / 2 }'; }
-
 compare() {
   local logs=$work/compare interval=$((speed_updates / 4)) run round model parameters bleu chrf words sentences
   for run; do
@@ -112,7 +101,7 @@ compare() {
   echo "| model | parameters | BLEU | chrF | training words/s | sentences/s, beam 5 |"
   echo "|---|---|---|---|---|---|"
   for run; do
-    parameters=$(grep -m 1 -o 'num. shared model params: [0-9,]*' "$logs/$run.train" | cut -d ' ' -f 5)
+    parameters=$(parameters "$logs/$run.train")
     bleu=$(sacrebleu "$work/raw/test.de" -i "$work/$run/$name.de" -m bleu -b -w 1)
     chrf=$(sacrebleu "$work/raw/test.de" -i "$work/$run/$name.de" -m chrf -b -w 1)
     # The first interval warms up.
@@ -123,7 +112,6 @@ compare() {
   done
 }
 
-step="arguments"
 [[ -n ${1:-} && $* != compare ]] ||
   die "usage: bash multi30k.sh ARCH [fairseq-train option ...], or: bash multi30k.sh compare RUN ..."
 if [[ $1 == compare ]]; then
@@ -144,7 +132,7 @@ if [[ $average != 0 ]]; then
   step "averaging $average checkpoints"
   [[ $folder/checkpoint_$name.pt -nt $folder/checkpoint_last.pt ]] ||
     PYTHONPATH=$(dirname "$user_dir")${PYTHONPATH:+:$PYTHONPATH} \
-      python "$here/average.py" "$folder" "$average" "$folder/checkpoint_$name.pt"
+      python "$examples/translation/average.py" "$folder" "$average" "$folder/checkpoint_$name.pt"
 fi
 
 step "translating"

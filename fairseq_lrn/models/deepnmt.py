@@ -5,9 +5,10 @@ from dataclasses import dataclass, field
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model
 
+from .base import architecture
 from .deepnmt_decoder import DeepNMTDecoder
 from .deepnmt_encoder import DeepNMTEncoder
-from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel, architecture
+from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel
 
 
 @dataclass

@@ -10,7 +10,7 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
-from .encoder_decoder import build_output_projection, find_padding
+from .base import build_output_projection, find_padding
 
 
 class DeepNMTDecoder(FairseqIncrementalDecoder):

@@ -10,7 +10,7 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import build_cell, build_recurrent
-from .encoder_decoder import find_padding
+from .base import find_padding
 
 
 class ContextAwareRecurrent(nn.Module):

@@ -1,30 +1,19 @@
-"""What the encoder-decoders of this package share: options and their checks, embeddings, architectures."""
+"""What the encoder-decoders of this package share: options and their checks, building, scoring."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-import torch.nn as nn
-from fairseq import utils
-from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.models import FairseqEncoderDecoderModel, register_model_architecture
-from fairseq.models.transformer import Embedding
+from fairseq.models import FairseqEncoderDecoderModel
 from torch import Tensor
 
-from ..modules import CELLS
+from .base import CellConfig, build_embedding, check_cell, check_positive
 
 
 @dataclass
-class EncoderDecoderConfig(FairseqDataclass):
-    """Options of every model; where fairseq's Transformer has the same option, the name is the same."""
+class EncoderDecoderConfig(CellConfig):
+    """Options of every encoder-decoder; what fairseq's Transformer has too is named as there."""
 
-    cell: ChoiceEnum(CELLS) = field(
-        default="lrn", metadata={"help": "recurrent unit; olrn is lrn with an output gate"}
-    )
-    cell_activation: ChoiceEnum(["tanh", "identity"]) = field(
-        default="tanh", metadata={"help": "activation g of lrn and olrn"}
-    )
-    dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
     encoder_embed_path: Optional[str] = field(
         default=None, metadata={"help": "path to pre-trained encoder embedding"}
     )
@@ -55,27 +44,6 @@ class EncoderDecoderConfig(FairseqDataclass):
     )
 
 
-def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
-    """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
-
-    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
-    """
-    mask = tokens.eq(padding_idx)
-    if torch.compiler.is_compiling() or bool(mask.any()):
-        return mask
-    return None
-
-
-def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Linear:
-    """Return the map from features to scores, with the weights of ``embed_tokens`` if they are ``shared``."""
-    projection = nn.Linear(embed_tokens.embedding_dim, embed_tokens.num_embeddings, bias=False)
-    if shared:
-        projection.weight = embed_tokens.weight
-    else:
-        nn.init.normal_(projection.weight, mean=0, std=embed_tokens.embedding_dim**-0.5)
-    return projection
-
-
 class EncoderDecoderModel(FairseqEncoderDecoderModel):
     """A model of ``config``, ``encoder_class`` and ``decoder_class``, which its subclasses name."""
 
@@ -94,14 +62,12 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
         cfg = cls.config.from_namespace(cfg)
         cls.complete(cfg)
         _check(cfg, task)
-        source = cls.build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg.encoder_embed_path)
+        source = build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg.encoder_embed_path)
         if cfg.share_all_embeddings:
             cfg.share_decoder_input_output_embed = True
             target = source
         else:
-            target = cls.build_embedding(
-                task.target_dictionary, cfg.decoder_embed_dim, cfg.decoder_embed_path
-            )
+            target = build_embedding(task.target_dictionary, cfg.decoder_embed_dim, cfg.decoder_embed_path)
         return cls(
             cfg,
             cls.encoder_class(cfg, task.source_dictionary, source),
@@ -111,14 +77,6 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
     @classmethod
     def complete(cls, cfg) -> None:
         """Set the options that follow from others."""
-
-    @classmethod
-    def build_embedding(cls, dictionary, embed_dim: int, path: Optional[str] = None):
-        """Make an embedding, with the vectors of the text file ``path`` for the words found there."""
-        embedding = Embedding(len(dictionary), embed_dim, dictionary.pad())
-        if path:
-            utils.load_embedding(utils.parse_embedding(path), dictionary, embedding)
-        return embedding
 
     def forward(
         self,
@@ -152,25 +110,23 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
 
 def _check(cfg: EncoderDecoderConfig, task: Any) -> None:
     """Raise ValueError, in one sentence, for what cannot be built."""
-    for name in (
-        "encoder_embed_dim",
-        "encoder_ffn_embed_dim",
-        "encoder_layers",
-        "decoder_embed_dim",
-        "decoder_ffn_embed_dim",
-        "decoder_layers",
-        "decoder_attention_heads",
-    ):
-        if getattr(cfg, name, 1) <= 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
+    check_positive(
+        cfg,
+        (
+            "encoder_embed_dim",
+            "encoder_ffn_embed_dim",
+            "encoder_layers",
+            "decoder_embed_dim",
+            "decoder_ffn_embed_dim",
+            "decoder_layers",
+            "decoder_attention_heads",
+        ),
+    )
+    check_cell(cfg)
     if cfg.decoder_embed_dim % cfg.decoder_attention_heads != 0:
         raise ValueError(
             f"--decoder-embed-dim is {cfg.decoder_embed_dim}, but must be a multiple of "
             f"--decoder-attention-heads, {cfg.decoder_attention_heads}"
-        )
-    if cfg.cell not in ("lrn", "olrn") and cfg.cell_activation != "tanh":
-        raise ValueError(
-            f"--cell-activation {cfg.cell_activation} is for lrn and olrn, but --cell is {cfg.cell}"
         )
     if cfg.share_all_embeddings:
         if task.source_dictionary != task.target_dictionary:
@@ -182,13 +138,3 @@ def _check(cfg: EncoderDecoderConfig, task: Any) -> None:
             )
         if cfg.decoder_embed_path and cfg.decoder_embed_path != cfg.encoder_embed_path:
             raise ValueError("--share-all-embeddings is not compatible with another --decoder-embed-path")
-
-
-def architecture(model: str, name: str, **values: Any) -> None:
-    """Register architecture ``name``: the defaults of ``model``'s options, but for ``values``."""
-
-    @register_model_architecture(model, name)
-    def apply(cfg: Any) -> None:
-        for option, value in values.items():
-            if not hasattr(cfg, option):
-                setattr(cfg, option, value)

@@ -8,7 +8,8 @@ from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 
-from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel, architecture
+from .base import architecture
+from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel
 from .lrn_decoder import LRNDecoder
 from .lrn_encoder import LRNEncoder
 

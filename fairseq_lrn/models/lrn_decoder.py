@@ -9,7 +9,7 @@ from fairseq.models import FairseqIncrementalDecoder
 from fairseq.modules import AdaptiveSoftmax, FairseqDropout
 from torch import Tensor
 
-from .encoder_decoder import build_output_projection, find_padding
+from .base import build_output_projection, find_padding
 from .lrn_layers import LRNDecoderLayer, build_layers
 
 

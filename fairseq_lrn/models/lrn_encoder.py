@@ -9,7 +9,7 @@ from fairseq.models import FairseqEncoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .encoder_decoder import find_padding
+from .base import find_padding
 from .lrn_layers import LRNEncoderLayer, build_layers
 
 

@@ -2,6 +2,15 @@
 
 from .attention import StepAttention
 from .lrn import LRN
-from .recurrent import CELLS, Unrolled, build_cell, build_recurrent
+from .recurrent import CELLS, LockedDropout, StackedRecurrent, Unrolled, build_cell, build_recurrent
 
-__all__ = ["CELLS", "LRN", "StepAttention", "Unrolled", "build_cell", "build_recurrent"]
+__all__ = [
+    "CELLS",
+    "LRN",
+    "LockedDropout",
+    "StackedRecurrent",
+    "StepAttention",
+    "Unrolled",
+    "build_cell",
+    "build_recurrent",
+]

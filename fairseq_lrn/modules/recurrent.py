@@ -1,6 +1,6 @@
 """The recurrent units that LRN is compared with, called as LRN is: one layer, with a padding mask."""
 
-from typing import Optional, Tuple
+from typing import List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -238,3 +238,67 @@ def build_recurrent(
     return Unrolled(
         *(build_cell(cell, input_size, hidden_size, activation) for _ in range(1 + bidirectional))
     )
+
+
+class LockedDropout(nn.Dropout1d):
+    """Dropout of (T, B, C) with one mask for all positions of a sequence."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return (T, B, C) with the same channels of a sequence zeroed throughout."""
+        return super().forward(input.permute(1, 2, 0)).permute(2, 0, 1)
+
+
+class StackedRecurrent(nn.Module):
+    """Layers of a recurrent unit, each reading the one below.
+
+    Args:
+        cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
+        input_size: width of the input
+        hidden_size: H, of each direction
+        num_layers: number of layers
+        bidirectional: with a direction against time, so that D is 2 instead of 1
+        dropout: probability with which an input of a layer above the first is zero at every position of a
+            sequence (Gal and Ghahramani, NeurIPS 2016)
+        activation: "tanh" or "identity", of lrn and olrn; the others have their own
+
+    Raises:
+        ValueError: there is no such cell, or it has no such activation
+    """
+
+    def __init__(
+        self,
+        cell: str,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        *,
+        bidirectional: bool = False,
+        dropout: float = 0.0,
+        activation: str = "tanh",
+    ) -> None:
+        super().__init__()
+        self.output_size = hidden_size * (1 + bidirectional)
+        self.layers = nn.ModuleList(
+            build_recurrent(cell, size, hidden_size, bidirectional, activation)
+            for size in [input_size] + [self.output_size] * (num_layers - 1)
+        )
+        self.dropout = LockedDropout(dropout)
+
+    def forward(
+        self,
+        input: Tensor,
+        states: Optional[List[Tensor]] = None,
+        padding_mask: Optional[Tensor] = None,
+    ) -> Tuple[Tensor, List[Tensor]]:
+        """Run all layers over (T, B, input_size); ``padding_mask`` (B, T) is True at padding.
+
+        Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H), which
+        are what ``states`` takes; zeros if None.
+        """
+        last = []
+        for i, layer in enumerate(self.layers):
+            if i > 0:
+                input = self.dropout(input)
+            input, state = layer(input, None if states is None else states[i], padding_mask)
+            last.append(state)
+        return input, last

@@ -1,0 +1,81 @@
+"""What all models of this package share: the unit's options and their checks, embeddings, architectures."""
+
+from dataclasses import dataclass, field
+from typing import Any, Iterable, Optional
+
+import torch
+import torch.nn as nn
+from fairseq import utils
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.models import register_model_architecture
+from fairseq.models.transformer import Embedding
+from torch import Tensor
+
+from ..modules import CELLS
+
+
+@dataclass
+class CellConfig(FairseqDataclass):
+    """Options of every model."""
+
+    cell: ChoiceEnum(CELLS) = field(
+        default="lrn", metadata={"help": "recurrent unit; olrn is lrn with an output gate"}
+    )
+    cell_activation: ChoiceEnum(["tanh", "identity"]) = field(
+        default="tanh", metadata={"help": "activation g of lrn and olrn"}
+    )
+    dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
+
+
+def check_cell(cfg: CellConfig) -> None:
+    """Raise ValueError where ``cfg`` gives an activation to a unit that has its own."""
+    if cfg.cell not in ("lrn", "olrn") and cfg.cell_activation != "tanh":
+        raise ValueError(
+            f"--cell-activation {cfg.cell_activation} is for lrn and olrn, but --cell is {cfg.cell}"
+        )
+
+
+def check_positive(cfg: Any, names: Iterable[str]) -> None:
+    """Raise ValueError where one of the options ``names`` is there and not positive."""
+    for name in names:
+        if getattr(cfg, name, 1) <= 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
+
+
+def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
+    """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
+
+    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
+    """
+    mask = tokens.eq(padding_idx)
+    if torch.compiler.is_compiling() or bool(mask.any()):
+        return mask
+    return None
+
+
+def build_embedding(dictionary, embed_dim: int, path: Optional[str] = None) -> nn.Embedding:
+    """Make an embedding, with the vectors of fairseq's text file ``path`` for the words found there."""
+    embedding = Embedding(len(dictionary), embed_dim, dictionary.pad())
+    if path:
+        utils.load_embedding(utils.parse_embedding(path), dictionary, embedding)
+    return embedding
+
+
+def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Linear:
+    """Return the map from features to scores, with the weights of ``embed_tokens`` if they are ``shared``."""
+    projection = nn.Linear(embed_tokens.embedding_dim, embed_tokens.num_embeddings, bias=False)
+    if shared:
+        projection.weight = embed_tokens.weight
+    else:
+        nn.init.normal_(projection.weight, mean=0, std=embed_tokens.embedding_dim**-0.5)
+    return projection
+
+
+def architecture(model: str, name: str, **values: Any) -> None:
+    """Register architecture ``name``: the defaults of ``model``'s options, but for ``values``."""
+
+    @register_model_architecture(model, name)
+    def apply(cfg: Any) -> None:
+        for option, value in values.items():
+            if not hasattr(cfg, option):
+                setattr(cfg, option, value)
