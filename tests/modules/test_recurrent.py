@@ -4,7 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from fairseq_lrn.modules import CELLS, LRN, Unrolled, build_cell, build_recurrent
+from fairseq_lrn.modules import (
+    CELLS,
+    LRN,
+    LockedDropout,
+    StackedRecurrent,
+    Unrolled,
+    build_cell,
+    build_recurrent,
+)
 
 SIZE, HIDDEN, LENGTHS = 3, 4, [5, 2, 7, 1]
 every_cell = pytest.mark.parametrize("cell", CELLS)
@@ -138,6 +146,41 @@ def test_a_sequence_in_two_parts(cell):
     second, state = rnn(input[3:], state)
     close(torch.cat([first, second]), output)
     close(state, h_n)
+
+
+@every_cell
+@each_way
+def test_stacked_layers_read_one_another(cell, bidirectional):
+    stack = StackedRecurrent(cell, SIZE, HIDDEN, 3, bidirectional=bidirectional, dropout=0.5).double().eval()
+    input = torch.randn(5, 2, SIZE, dtype=torch.double)
+    mask = torch.tensor([[False] * 5, [False] * 3 + [True] * 2])
+    output, states = stack(input, None, mask)
+    x = input
+    for layer, state in zip(stack.layers, states):
+        x, last = layer(x, None, mask)
+        close(state, last)
+    close(output, x)
+    assert output.size(2) == stack.output_size == HIDDEN * (1 + bidirectional)
+
+
+@every_cell
+def test_stacked_layers_carry_their_states(cell):
+    stack = StackedRecurrent(cell, SIZE, HIDDEN, 2).double()
+    input = torch.randn(7, 3, SIZE, dtype=torch.double)
+    output, states = stack(input)
+    first, middle = stack(input[:3])
+    second, last = stack(input[3:], middle)
+    close(torch.cat([first, second]), output)
+    for one, other in zip(last, states):
+        close(one, other)
+
+
+def test_locked_dropout_zeroes_a_channel_throughout():
+    torch.manual_seed(1)
+    x = LockedDropout(0.5)(torch.ones(6, 3, 40))
+    assert x.eq(x[0]).all() and set(x.unique().tolist()) == {0.0, 2.0}
+    assert len(x[0].unique(dim=0)) == 3  # a mask of its own for each sequence
+    close(LockedDropout(0.5).eval()(x), x)
 
 
 @pytest.mark.parametrize(
