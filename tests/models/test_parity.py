@@ -302,12 +302,13 @@ def logs_json(lab):
 def hydra(lab):
     """The recipe's YAML and its script train the same model; for others, the YAML with another model."""
     script = (
-        'fairseq-train() { printf "%s\\n" "$@"; }; eval "$(sed -n "/^train() {/,/^}/p" "$0")"; train "$@"'
+        'fairseq-train() { printf "%s\\n" "$@"; }; '
+        'eval "$(cd "$0"; sed -n "/^[a-z_]*train() {/,/^}/p" recipe.sh multi30k.sh)"; train "$@"'
     )
     model = ["lrn_tiny"] if lab.architecture == "lrn" else lab.model[1:]
-    variables = {"work": "", "user_dir": str(PLUGIN[1]), "max_update": "2"}
+    variables = {"work": "", "src": "en", "tgt": "de", "user_dir": str(PLUGIN[1]), "max_update": "2"}
     words = subprocess.run(
-        ["bash", "-c", script, RECIPES / "multi30k.sh", lab.folder / "recipe", *model],
+        ["bash", "-c", script, RECIPES, lab.folder / "recipe", *model],
         env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True,
     ).stdout.splitlines()  # fmt: skip
     lab.run("fairseq-train", lab.data, *words[1:], "--cpu")
