@@ -76,6 +76,7 @@ setup(
     license="MIT",
     python_requires=">=3.8",
     install_requires=requirements,
+    extras_require={"tagging": ["pytorch-crf", "seqeval"]},
     packages=find_packages(include=["fairseq_lrn", "fairseq_lrn.*"]),
     ext_modules=[
         (CUDAExtension if cuda else CppExtension)(

@@ -21,8 +21,20 @@ CONSTRAINTS = ROOT / "constraints.txt"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
 LOGS = ROOT / "build" / "environment"
-BUILD_TOOLS = ("torch", "numpy", "cython", "setuptools", "wheel", "ninja")
-OTHERS = ("babel", "hypothesis", "matplotlib", "pytest", "ruff", "sacrebleu", "sentencepiece", "tensorboardX")
+BUILD_TOOLS = ("torch", "numpy", "cython", "setuptools", "setuptools-scm", "wheel", "ninja")
+OTHERS = (
+    "babel",
+    "hypothesis",
+    "matplotlib",
+    "pytest",
+    "pytorch-crf",
+    "ruff",
+    "sacrebleu",
+    "sacremoses",
+    "sentencepiece",
+    "seqeval",
+    "tensorboardX",
+)
 
 
 class Failed(Exception):
