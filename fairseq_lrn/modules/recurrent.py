@@ -164,8 +164,12 @@ class Unrolled(nn.Module):
         return torch.cat(outputs, 2), torch.stack(states)
 
 
-class Packed(nn.Module):
-    """A layer ``nn.GRU`` or ``nn.LSTM``, which know of padding in packed sequences only."""
+class Native(nn.Module):
+    """A layer ``nn.GRU`` or ``nn.LSTM``, which know of padding in packed sequences only.
+
+    On CUDA the sequences are packed. On the CPU, where training is then 1.4 to 6 times as slow, a direction
+    runs over the words and then over padding, which sets the gates such that the state is carried over.
+    """
 
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()
@@ -176,12 +180,13 @@ class Packed(nn.Module):
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states are h | c, (D, B, 2·H)."""
         lstm = isinstance(self.rnn, nn.LSTM)
+        if padding_mask is not None and not input.is_cuda:
+            return self._forward_padded(input, hx, padding_mask)
         state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if lstm and hx is not None else hx
         if padding_mask is None:
             output, state = self.rnn(input, state)
         else:
-            # a stable sort puts the padding, False < True, last
-            order = padding_mask.byte().argsort(dim=1, stable=True).t().unsqueeze(2)
+            order = _words_first(padding_mask).unsqueeze(2)
             lengths = padding_mask.logical_not().sum(1).cpu()
             packed = pack_padded_sequence(
                 input.gather(0, order.expand_as(input)), lengths, enforce_sorted=False
@@ -190,6 +195,41 @@ class Packed(nn.Module):
             sorted_output, _ = pad_packed_sequence(packed, total_length=input.size(0))
             output = torch.zeros_like(sorted_output).scatter(0, order.expand_as(sorted_output), sorted_output)
         return output, torch.cat(state, 2) if lstm else state
+
+    def _forward_padded(
+        self, input: Tensor, hx: Optional[Tensor], padding_mask: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        size, lstm = self.rnn.hidden_size, isinstance(self.rnn, nn.LSTM)
+        # what padding adds to the gates of GRU, r | z | n, and of LSTM, i | f | g | o
+        shut = input.new_tensor([-1e4, 1e4, 0, 0] if lstm else [0, 1e4, 0]).repeat_interleave(size)[:, None]
+        padding = padding_mask.t().unsqueeze(2)
+        input = torch.cat([input, padding.type_as(input)], 2)
+        forward = _words_first(padding_mask)
+        lengths = padding_mask.logical_not().sum(1)
+        backward = forward.gather(0, (lengths - 1 - torch.arange(len(forward))[:, None]) % len(forward))
+        last = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, size)
+        outputs, states = [], []
+        for i, (weight_ih, *weights) in enumerate(self.rnn.all_weights):
+            order = (backward if i else forward).unsqueeze(2)
+            x = input.gather(0, order.expand_as(input))
+            state = input.new_zeros(1, len(lengths), (1 + lstm) * size) if hx is None else hx[i : i + 1]
+            arguments = (torch.cat([weight_ih, shut], 1), *weights), True, 1, 0.0, False, False, False
+            if lstm:
+                h, c = state.chunk(2, 2)
+                output, _, c = torch.lstm(x, (h.contiguous(), c.contiguous()), *arguments)
+                h = output.gather(0, last).where(lengths.gt(0)[:, None], h)
+                state = torch.cat([h, c], 2)
+            else:
+                output, state = torch.gru(x, state.contiguous(), *arguments)
+            order = order.expand_as(output)
+            outputs.append(torch.zeros_like(output).scatter(0, order, output).masked_fill(padding, 0))
+            states.append(state)
+        return torch.cat(outputs, 2), torch.cat(states)
+
+
+def _words_first(padding_mask: Tensor) -> Tensor:
+    """Return, for each sentence of (B, T), where its words are and then where its padding is: (T, B)."""
+    return padding_mask.byte().argsort(dim=1, stable=True).t()
 
 
 def build_cell(cell: str, input_size: int, hidden_size: int, activation: str = "tanh") -> nn.Module:
@@ -234,7 +274,7 @@ def build_recurrent(
         )
     if cell in ("gru", "lstm") and activation == "tanh":
         rnn = nn.GRU if cell == "gru" else nn.LSTM
-        return Packed(rnn(input_size, hidden_size, bidirectional=bidirectional))
+        return Native(rnn(input_size, hidden_size, bidirectional=bidirectional))
     return Unrolled(
         *(build_cell(cell, input_size, hidden_size, activation) for _ in range(1 + bidirectional))
     )

@@ -138,6 +138,19 @@ def test_padding_does_not_matter(cell, bidirectional, side):
 
 
 @every_cell
+@each_way
+def test_a_state_is_carried_over_padding(cell, bidirectional):
+    rnn = make(cell, bidirectional)
+    input = torch.randn(4, 2, SIZE, dtype=torch.double)
+    mask = torch.tensor([[True, False, False, True], [True] * 4])
+    hx = torch.randn(1 + bidirectional, 2, (2 if cell == "lstm" else 1) * HIDDEN, dtype=torch.double)
+    output, h_n = rnn(input, hx, mask)
+    alone, last = rnn(input[1:3, :1], hx[:, :1])
+    close(output[1:3, :1], alone)
+    close(h_n, torch.cat([last, hx[:, 1:]], 1))
+
+
+@every_cell
 def test_a_sequence_in_two_parts(cell):
     rnn = make(cell)
     input = torch.randn(7, 3, SIZE, dtype=torch.double)
