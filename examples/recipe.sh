@@ -13,6 +13,33 @@ step() { step=$1; echo "== $step" >&2; }
 die() { echo "$*" >&2; exit 1; }
 trap '[[ $? -eq 0 ]] || echo "$(basename "$0"): failed in step: $step" >&2' EXIT
 
+log() {  # log FILE COMMAND ...: output to FILE, and its end to the screen where the command fails
+  "${@:2}" >> "$1" 2>&1 || { tail -n 20 "$1" >&2; die "$2 failed, see $1"; }
+}
+
+choose() {  # choose [CELL ...] [-- fairseq-train option ...]: sets cells, all units without any, and extra
+  local all="lrn olrn lstm gru atr sru"
+  cells=() extra=()
+  while [[ $# -gt 0 && $1 != -- ]]; do
+    [[ " $all " == *" $1 "* ]] || die "CELL is $1, but must be one of $all"
+    cells+=("$1")
+    shift
+  done
+  extra=("${@:2}")
+  [[ ${#cells[@]} -gt 0 ]] || read -ra cells <<< "$all"
+}
+
+once() {  # once FOLDER SETTINGS COMMAND ...: train in FOLDER until it is done, but never go on with other settings
+  mkdir -p "$1"
+  [[ -e $1/settings ]] || echo "$2" > "$1/settings"
+  [[ $(< "$1/settings") == "$2" ]] ||
+    die "$1 is of another training, $(< "$1/settings"), and not $2: remove it, or choose another folder"
+  if [[ ! -e $1/trained ]]; then
+    "${@:3}"
+    touch "$1/trained"
+  fi
+}
+
 median() { sort -g | awk '{ v[NR] = $1 } END { print (v[int((NR + 1) / 2)] + v[int(NR / 2) + 1]) / 2 }'; }
 
 parameters() {  # parameters LOG: of the model that fairseq-train's log tells of

@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import types
 
 import numpy as np
 import torch
@@ -17,3 +18,6 @@ if torch.__version__ >= "2.6":  # which can be told that NumPy 1 and 2 have two 
     torch.serialization.add_safe_globals(
         [(_rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
     )
+
+if not hasattr(np, "compat"):  # fairseq's TokenBlockDataset reads it, and NumPy 2 has it no more
+    np.compat = types.SimpleNamespace(long=int)

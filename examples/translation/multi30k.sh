@@ -59,7 +59,7 @@ compare() {
   for ((round = 1; round <= rounds; round++)); do
     for run; do
       step "speed of $run, round $round of $rounds"
-      read -ra model < "$work/$run/trained"
+      read -ra model < "$work/$run/settings"
       train "$logs" "${model[@]:1}" --max-update "$speed_updates" --log-interval "$interval" \
         --no-save --disable-validation >> "$logs/$run.train"
       translate "$work/$run/checkpoint_$name.pt" "$logs/$run.generate$round"

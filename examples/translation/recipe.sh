@@ -82,16 +82,14 @@ translate() {  # translate CHECKPOINT OUTPUT; fairseq's messages go to OUTPUT.lo
     > "$2" 2> "$2.log" || { tail -n 20 "$2.log" >&2; die "fairseq-generate failed, see $2.log"; }
 }
 
+log_train() { train "$@" | tee -a "$1/train.log"; }
+
 recipe() {  # recipe ARCH [option ...]: all steps, each unless its result is there already
   local folder=$work/$run sources translations
   prepare
 
   step "training $run"
-  if [[ ! -e $folder/trained || $(< "$folder/trained") != "$max_update $*" ]]; then
-    mkdir -p "$folder"
-    train "$folder" "$@" | tee -a "$folder/train.log"
-    echo "$max_update $*" > "$folder/trained"
-  fi
+  once "$folder" "MAX_UPDATE=$max_update $*" log_train "$folder" "$@"
 
   if [[ $average != 0 ]]; then
     step "averaging $average checkpoints"

@@ -3,5 +3,18 @@
 from . import checkpoints  # noqa: F401  changes how fairseq loads them
 from .deepnmt import DeepNMTModel
 from .lrn import LRNModel
+from .lrn_classifier import LRNClassifierModel
+from .lrn_inference import LRNInferenceModel
+from .lrn_lm import LRNLanguageModel
+from .lrn_reader import LRNReaderModel
+from .lrn_tagger import LRNTaggerModel
 
-__all__ = ["DeepNMTModel", "LRNModel"]
+__all__ = [
+    "DeepNMTModel",
+    "LRNClassifierModel",
+    "LRNInferenceModel",
+    "LRNLanguageModel",
+    "LRNModel",
+    "LRNReaderModel",
+    "LRNTaggerModel",
+]

@@ -97,7 +97,7 @@ def load_vectors(path: str, dictionary: Dictionary, embedding: nn.Embedding) -> 
     the file gets the vector of its lower-case form.
 
     Raises:
-        ValueError: a vector is not of width C
+        ValueError: a vector is narrower than C, or there is none of width C for any of the words
     """
     wanted = {}
     for index in range(dictionary.nspecial, len(dictionary)):
@@ -106,18 +106,24 @@ def load_vectors(path: str, dictionary: Dictionary, embedding: nn.Embedding) -> 
         if word != word.lower():
             wanted.setdefault(word.lower(), []).append(index)
     exact = set()
+    found = False
+    width = embedding.embedding_dim
     with open(path, encoding="utf-8", errors="replace") as file, torch.no_grad():
         for number, line in enumerate(file, 1):
-            word, *values = line.rstrip().split(" ")
+            # from the right: a few of GloVe's words have a space within
+            word, *values = line.rstrip().rsplit(" ", width)
             if number == 1 and len(values) == 1:
                 continue
             for index in wanted.get(word, ()):
-                if len(values) != embedding.embedding_dim:
+                if len(values) != width:
                     raise ValueError(
                         f"{path}, line {number}, has a vector of {len(values)} numbers, but the embedding is "
-                        f"{embedding.embedding_dim} wide"
+                        f"{width} wide"
                     )
                 if index not in exact:
                     embedding.weight[index] = torch.tensor([float(value) for value in values])
+                    found = True
                 if dictionary[index] == word:
                     exact.add(index)
+    if not found:
+        raise ValueError(f"{path} has no vector of {width} numbers for any word of the dictionary")

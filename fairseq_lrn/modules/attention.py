@@ -42,6 +42,20 @@ class StepAttention(nn.Module):
         """Return the keys (S, B, C) of a memory (S, B, C)."""
         return self.key(memory)
 
+    def scores(self, query: Tensor, keys: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+        """Return each query's score of each key, (B, num_heads, S), of the arguments of :meth:`forward`."""
+        heads = (self.num_heads, -1)
+        query = self.query(query)
+        if self.score is not None:
+            scores = (torch.tanh(query + keys).unflatten(2, heads) * self.score).sum(3)
+        else:
+            size = keys.size(2) // self.num_heads
+            scores = (query.unflatten(1, heads) * keys.unflatten(2, heads)).sum(3) * size**-0.5
+        scores = scores.permute(1, 2, 0)
+        if padding_mask is not None:
+            scores = scores.masked_fill(padding_mask[:, None], float("-inf"))
+        return scores
+
     def forward(
         self, query: Tensor, keys: Tensor, memory: Tensor, padding_mask: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
@@ -56,17 +70,8 @@ class StepAttention(nn.Module):
         Returns:
             context (B, C), weights (B, num_heads, S)
         """
-        heads = (self.num_heads, -1)
-        query = self.query(query)
-        if self.score is not None:
-            scores = (torch.tanh(query + keys).unflatten(2, heads) * self.score).sum(3)
-        else:
-            size = keys.size(2) // self.num_heads
-            scores = (query.unflatten(1, heads) * keys.unflatten(2, heads)).sum(3) * size**-0.5
-        scores = scores.permute(1, 2, 0)
-        if padding_mask is not None:
-            scores = scores.masked_fill(padding_mask[:, None], float("-inf"))
+        scores = self.scores(query, keys, padding_mask)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(2, dtype=wide).type_as(memory)
-        context = torch.einsum("bhs,sbhd->bhd", weights, memory.unflatten(2, heads))
+        context = torch.einsum("bhs,sbhd->bhd", weights, memory.unflatten(2, (self.num_heads, -1)))
         return context.flatten(1), weights

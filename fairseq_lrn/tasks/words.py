@@ -9,17 +9,16 @@ from torch import Tensor
 
 
 def encode_words(words: Sequence[str], dictionary: Dictionary) -> Tensor:
-    """Return the ids (T,) of ``words``, that of ``<unk>`` for the unknown."""
-    return torch.tensor([dictionary.index(word) for word in words], dtype=torch.long)
+    """Return the ids (T,) of ``words``, that of ``<unk>`` for the unknown and for fairseq's own symbols."""
+    # <s>, <pad> and </s> come before <unk>
+    return torch.tensor([max(dictionary.index(word), dictionary.unk()) for word in words], dtype=torch.long)
 
 
 def encode_chars(words: Sequence[str], max_word_length: int) -> Tensor:
     """Return the first bytes of each word's UTF-8, each plus one, zeros after them: (T, max_word_length)."""
-    chars = torch.full((len(words), max_word_length), CHAR_PAD_IDX, dtype=torch.long)
-    for i, word in enumerate(words):
-        encoded = word.encode()[:max_word_length]
-        chars[i, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.long) + 1
-    return chars
+    rows = [[byte + 1 for byte in word.encode()[:max_word_length]] for word in words]
+    padded = [row + [CHAR_PAD_IDX] * (max_word_length - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long).view(len(words), max_word_length)
 
 
 def collate(rows: List[Tensor], padding: int) -> Tensor:

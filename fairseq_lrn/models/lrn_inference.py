@@ -1,0 +1,108 @@
+"""The paper's model for natural language inference: fairseq model ``lrn_inference``."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from fairseq.data import Dictionary
+from fairseq.models import register_model
+from torch import Tensor
+
+from ..modules import AttentivePooling, LockedDropout, StackedRecurrent
+from .base import check_positive
+from .sentence_prediction import SentencePredictionModel
+from .word_encoder import WordEncoderConfig
+
+
+@dataclass
+class LRNInferenceConfig(WordEncoderConfig):
+    """Options of the ``lrn_inference`` model."""
+
+    comparison_layers: int = field(
+        default=2, metadata={"help": "number of recurrent layers that read the compared sentences"}
+    )
+
+
+@register_model("lrn_inference", dataclass=LRNInferenceConfig)
+class LRNInferenceModel(SentencePredictionModel):
+    """Two sentences read, attended to each other, compared and read again, pooled and classified.
+
+    The paper's encoder, attention and two stacked bidirectional recurrences, in ESIM's form (Chen et al., ACL
+    2017): each sentence's states beside what they find in the other one's, product and difference of the two,
+    one projection, recurrent layers, attentive pooling.
+    """
+
+    config = LRNInferenceConfig
+
+    def __init__(self, cfg: LRNInferenceConfig, dictionary: Dictionary) -> None:
+        check_positive(cfg, ("comparison_layers",))
+        super().__init__(cfg, dictionary)
+        self.eos = dictionary.eos()
+        self.projection = nn.Linear(4 * self.encoder.output_size, cfg.encoder_hidden_size)
+        self.dropout = LockedDropout(cfg.dropout)
+        self.comparison = StackedRecurrent(
+            str(cfg.cell),
+            cfg.encoder_hidden_size,
+            cfg.encoder_hidden_size,
+            cfg.comparison_layers,
+            bidirectional=True,
+            dropout=cfg.dropout,
+            activation=str(cfg.cell_activation),
+        )
+        self.pooling = AttentivePooling(self.comparison.output_size)
+        self.feature_size = 2 * self.comparison.output_size
+
+    def extract_features(self, src_tokens: Tensor) -> Tensor:
+        """Map pairs (B, T), of two sentences that each end in ``</s>``, padded on either side, to (B, C).
+
+        Raises:
+            ValueError: a row is not of two sentences
+        """
+        x, padding_mask = self.encoder(split_pairs(src_tokens, self.eos, self.encoder.padding_idx))
+        attended = attend_to_other(x, padding_mask)
+        x = torch.cat([x, attended, x * attended, x - attended], 2)
+        x, _ = self.comparison(self.dropout(torch.relu(self.projection(x))), None, padding_mask)
+        return torch.cat(self.pooling(self.dropout(x), padding_mask).chunk(2), 1)
+
+
+def split_pairs(tokens: Tensor, eos: int, padding_idx: int) -> Tensor:
+    """Split pairs (B, T) after the first ``eos``: the first sentences, then the second ones, (2·B, S).
+
+    They are padded on the right, S being the longest one's length.
+
+    Raises:
+        ValueError: a row ends with its first ``eos``, or has none
+    """
+    ends = tokens.eq(eos)
+    second = ends.cumsum(1) > ends
+    real = tokens.ne(padding_idx)
+    rows = torch.cat([real & ~second, real & second])
+    lengths = rows.sum(1)
+    if not lengths.all():
+        raise ValueError(
+            f"row {int(lengths.argmin()) % len(tokens)} of src_tokens is one sentence, but must be two, each "
+            "ended by </s>: the task needs input0 and input1, and --max-positions that both fit in"
+        )
+    # a stable sort puts what is not of the sentence, False < True, last
+    order = rows.logical_not().byte().argsort(dim=1, stable=True)[:, : int(lengths.max())]
+    return tokens.repeat(2, 1).masked_fill(~rows, padding_idx).gather(1, order)
+
+
+def attend_to_other(x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
+    """Return what each token finds in the other sentence of its pair, with dot products as ESIM has them.
+
+    Args:
+        x: (T, 2·B, C) the first sentences' states, then the second ones'
+        padding_mask: (2·B, T), True at padding
+
+    Returns:
+        (T, 2·B, C)
+    """
+    states = x.transpose(0, 1)
+    others = states.roll(len(states) // 2, 0)
+    attn_mask = None
+    if padding_mask is not None:
+        attn_mask = padding_mask.roll(len(padding_mask) // 2, 0).logical_not()[:, None]
+    return F.scaled_dot_product_attention(states, others, others, attn_mask, scale=1.0).transpose(0, 1)

@@ -1,0 +1,232 @@
+"""The recurrent language model: fairseq model ``lrn_lm``."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from fairseq.data import Dictionary
+from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
+from fairseq.modules import AdaptiveSoftmax
+from torch import Tensor
+
+from ..modules import LockedDropout, MixtureOfSoftmaxes, StackedRecurrent
+from .base import (
+    CellConfig,
+    build_embedding,
+    build_output_projection,
+    check_cell,
+    check_positive,
+    find_padding,
+)
+from .lrn_decoder import LRNDecoder
+
+
+@dataclass
+class LRNLanguageModelConfig(CellConfig):
+    """Options of ``lrn_lm``; what fairseq's ``lstm_lm`` and ``transformer_lm`` have too is named as there."""
+
+    decoder_embed_dim: int = field(default=512, metadata={"help": "decoder embedding dimension"})
+    decoder_hidden_size: int = field(default=512, metadata={"help": "decoder hidden size"})
+    decoder_layers: int = field(default=1, metadata={"help": "number of decoder layers"})
+    embed_dropout: float = field(
+        default=0.0, metadata={"help": "probability that a word's embedding is zero throughout a batch"}
+    )
+    decoder_dropout_in: Optional[float] = field(
+        default=None,
+        metadata={"help": "dropout probability for decoder input embedding (default: --dropout)"},
+    )
+    decoder_dropout_out: Optional[float] = field(
+        default=None, metadata={"help": "dropout probability for decoder output (default: --dropout)"}
+    )
+    share_decoder_input_output_embed: bool = field(
+        default=False, metadata={"help": "share decoder input and output embeddings"}
+    )
+    mixture_of_softmaxes: int = field(
+        default=0,
+        metadata={"help": "number of softmaxes in the mixture that predicts a word; 0: one softmax"},
+    )
+    adaptive_softmax_cutoff: Optional[List[int]] = field(
+        default=None,
+        metadata={
+            "help": "list of adaptive softmax cutoff points. Must be used with adaptive_loss criterion"
+        },
+    )
+    adaptive_softmax_dropout: float = field(
+        default=0.0, metadata={"help": "sets adaptive softmax dropout for the tail projections"}
+    )
+    adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
+
+
+class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
+    """Embeddings, ``cfg.decoder_layers`` layers of a recurrent unit, and a softmax.
+
+    Dropout is that of AWD-LSTM (Merity et al., ICLR 2018): of whole words, and locked at the input, between
+    layers and at the output. Where the unit is not as wide as the embeddings, a matrix projects its output to
+    their width, unless a mixture of softmaxes does so.
+
+    Args:
+        cfg: an :class:`LRNLanguageModelConfig`
+        dictionary: of the words to predict
+        embed_tokens: ``nn.Embedding`` of the words to read, ``cfg.decoder_embed_dim`` wide
+    """
+
+    def __init__(
+        self, cfg: LRNLanguageModelConfig, dictionary: Dictionary, embed_tokens: nn.Embedding
+    ) -> None:
+        super().__init__(dictionary)
+        embed_dim, hidden_size = cfg.decoder_embed_dim, cfg.decoder_hidden_size
+        self.embed_tokens = embed_tokens
+        self.embed_scale = math.sqrt(embed_dim)
+        self.embed_dropout = cfg.embed_dropout
+        self.dropout_in, self.dropout_out = (
+            LockedDropout(cfg.dropout if p is None else p)
+            for p in (cfg.decoder_dropout_in, cfg.decoder_dropout_out)
+        )
+        self.rnn = StackedRecurrent(
+            str(cfg.cell),
+            embed_dim,
+            hidden_size,
+            cfg.decoder_layers,
+            dropout=cfg.dropout,
+            activation=str(cfg.cell_activation),
+        )
+        self.project_out_dim = None
+        if hidden_size != embed_dim and not cfg.mixture_of_softmaxes:
+            self.project_out_dim = nn.Linear(hidden_size, embed_dim, bias=False)
+
+        self.adaptive_softmax = None
+        self.output_projection = None
+        if cfg.adaptive_softmax_cutoff is not None:
+            self.adaptive_softmax = AdaptiveSoftmax(
+                len(dictionary),
+                embed_dim,
+                cfg.adaptive_softmax_cutoff,
+                dropout=cfg.adaptive_softmax_dropout,
+                factor=cfg.adaptive_softmax_factor,
+            )
+        else:
+            shared = cfg.share_decoder_input_output_embed
+            self.output_projection = build_output_projection(
+                embed_tokens if shared else build_embedding(dictionary, embed_dim), True
+            )
+            if cfg.mixture_of_softmaxes:
+                self.output_projection = MixtureOfSoftmaxes(
+                    hidden_size, cfg.mixture_of_softmaxes, self.output_projection
+                )
+        # block and states (L, B, S) that the last batch of a text ended with, in training and in evaluation
+        self.carried: Dict[bool, Tuple[int, Tensor]] = {}
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        src_lengths: Optional[Tensor] = None,
+        block: Optional[int] = None,
+    ) -> Tuple[Tensor, None]:
+        """Predict each next word.
+
+        Args:
+            prev_output_tokens: (B, T) word ids; with ``incremental_state`` only the last one is read
+            encoder_out: not used
+            incremental_state: keeps the states between calls that decode word by word
+            src_lengths: not used
+            block: number, from 0, of the block of text in each row's stream: the states that the block before
+                ended with are carried on, detached, if that was the last one read in the same mode, training
+                or evaluation; else the states are zeros, as they are with None
+
+        Returns:
+            scores (B, T, V), log-probabilities with a mixture of softmaxes, features (B, T, C) with adaptive
+            softmax, and None
+        """
+        x, extra = self.extract_features(
+            prev_output_tokens, encoder_out, incremental_state, src_lengths, block
+        )
+        return self.output_layer(x), extra
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        src_lengths: Optional[Tensor] = None,
+        block: Optional[int] = None,
+    ) -> Tuple[Tensor, None]:
+        """As :meth:`forward`, but return features (B, T, C) instead of scores."""
+        states: Optional[Tensor] = None
+        padding_mask: Optional[Tensor] = None
+        if incremental_state is not None:
+            prev_output_tokens = prev_output_tokens[:, -1:]
+            saved = self.get_incremental_state(incremental_state, "states")
+            if saved is not None:
+                states = saved["states"]
+        else:
+            padding_mask = find_padding(prev_output_tokens, self.embed_tokens.padding_idx)
+        if block is not None:
+            last, carried = self.carried.get(self.training, (None, None))
+            if last == block - 1:
+                states = carried[:, : prev_output_tokens.size(0)]
+
+        tokens = prev_output_tokens.t()
+        x = self.embed_scale * self.embed_tokens(tokens)
+        if self.training and self.embed_dropout > 0:
+            words = x.new_ones(self.embed_tokens.num_embeddings)
+            x = x * nn.functional.dropout(words, self.embed_dropout)[tokens].unsqueeze(2)
+        x, last_states = self.rnn(
+            self.dropout_in(x), None if states is None else list(states.split(1)), padding_mask
+        )
+        x = self.dropout_out(x)
+        if self.project_out_dim is not None:
+            x = self.project_out_dim(x)
+
+        if incremental_state is not None:
+            self.set_incremental_state(incremental_state, "states", {"states": torch.cat(last_states)})
+        if block is not None:
+            self.carried[self.training] = (block, torch.cat(last_states).detach())
+        return x.transpose(0, 1), None
+
+    def output_layer(self, features: Tensor) -> Tensor:
+        """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
+        return features if self.output_projection is None else self.output_projection(features)
+
+    reorder_incremental_state = LRNDecoder.reorder_incremental_state
+
+
+@register_model("lrn_lm", dataclass=LRNLanguageModelConfig)
+class LRNLanguageModel(FairseqLanguageModel):
+    """Predict each next word of a text with recurrent layers; the text may be of any length."""
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """Build a model from its configuration (or a namespace) for ``task``'s dictionaries.
+
+        Raises:
+            ValueError: sizes that are not positive, options that exclude each other, embeddings that cannot
+                be shared
+        """
+        cfg = LRNLanguageModelConfig.from_namespace(cfg)
+        _check(cfg, task)
+        embed_tokens = build_embedding(task.source_dictionary, cfg.decoder_embed_dim)
+        return cls(LRNLanguageModelDecoder(cfg, task.target_dictionary, embed_tokens))
+
+
+def _check(cfg: LRNLanguageModelConfig, task) -> None:
+    """Raise ValueError, in one sentence, for what cannot be built."""
+    check_positive(cfg, ("decoder_embed_dim", "decoder_hidden_size", "decoder_layers"))
+    check_cell(cfg)
+    if cfg.mixture_of_softmaxes < 0:
+        raise ValueError(f"--mixture-of-softmaxes is {cfg.mixture_of_softmaxes}, but must be 0 or positive")
+    if cfg.adaptive_softmax_cutoff is not None:
+        if cfg.mixture_of_softmaxes:
+            raise ValueError("--mixture-of-softmaxes cannot be used with --adaptive-softmax-cutoff")
+        if cfg.share_decoder_input_output_embed:
+            raise ValueError(
+                "--share-decoder-input-output-embed cannot be used with --adaptive-softmax-cutoff"
+            )
+    if cfg.share_decoder_input_output_embed and len(task.source_dictionary) != len(task.target_dictionary):
+        raise ValueError(
+            f"--share-decoder-input-output-embed needs one dictionary, but {len(task.source_dictionary)} "
+            f"words are read and {len(task.target_dictionary)} predicted"
+        )

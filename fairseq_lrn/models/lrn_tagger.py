@@ -1,0 +1,82 @@
+"""The paper's tagger: fairseq model ``lrn_tagger``."""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel, register_model
+from torch import Tensor
+
+from .word_encoder import WordEncoder, WordEncoderConfig
+
+
+@register_model("lrn_tagger", dataclass=WordEncoderConfig)
+class LRNTaggerModel(BaseFairseqModel):
+    """Bidirectional recurrence and a conditional random field over the tags (Zhang and Sennrich, 2019).
+
+    For the task ``tagging`` and fairseq's criterion ``model``.
+
+    Args:
+        cfg: a :class:`~fairseq_lrn.models.word_encoder.WordEncoderConfig`
+        dictionary: of the words
+        tags: dictionary of the N tags
+        max_word_length: bytes given of each word, where ``cfg.char_embed_dim`` is not 0
+
+    Raises:
+        ImportError: the package pytorch-crf is not installed
+        ValueError: as :class:`~fairseq_lrn.models.word_encoder.WordEncoder`
+    """
+
+    def __init__(
+        self, cfg: WordEncoderConfig, dictionary: Dictionary, tags: Dictionary, max_word_length: int
+    ) -> None:
+        try:
+            from torchcrf import CRF
+        except ImportError as error:
+            raise ImportError("lrn_tagger needs the package pytorch-crf: pip install pytorch-crf") from error
+        super().__init__()
+        self.first_tag = tags.nspecial
+        self.encoder = WordEncoder(cfg, dictionary, max_word_length)
+        self.projection = nn.Linear(self.encoder.output_size, len(tags) - tags.nspecial)
+        self.crf = CRF(self.projection.out_features, batch_first=True)
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> "LRNTaggerModel":
+        """Build a model from its configuration (or a namespace) for ``task``, a ``TaggingTask``."""
+        cfg = WordEncoderConfig.from_namespace(cfg)
+        return cls(cfg, task.source_dictionary, task.target_dictionary, task.cfg.max_word_length)
+
+    def forward(
+        self, src_tokens: Tensor, src_lengths: Tensor, src_chars: Optional[Tensor] = None
+    ) -> Dict[str, Tensor]:
+        """Score each tag of each word, as the random field takes it.
+
+        Args:
+            src_tokens: (B, T) word ids of sentences with at least one word, padded on the right
+            src_lengths: (B,) words of each sentence
+            src_chars: (B, T, max_word_length) bytes of each word as
+                :func:`~fairseq_lrn.tasks.words.encode_chars` gives them, where the model reads them
+
+        Returns:
+            ``emissions`` (B, T, N), ``mask`` (B, T), False at padding, and ``sample_size``, the words
+        """
+        x, _ = self.encoder(src_tokens, src_chars)
+        return {
+            "emissions": self.projection(x.transpose(0, 1)),
+            "mask": src_tokens.ne(self.encoder.padding_idx),
+            "sample_size": src_lengths.sum(),
+        }
+
+    def get_losses(self, net_output: Dict[str, Tensor], sample: Dict[str, Any]) -> Dict[str, Tensor]:
+        """Return the negative log-likelihood of ``sample["target"]`` (B, T), summed over the batch."""
+        tags = (sample["target"] - self.first_tag).clamp(min=0)  # any tag at padding, which does not count
+        return {"nll": -self.crf(net_output["emissions"], tags, net_output["mask"])}
+
+    def decode(self, net_output: Dict[str, Tensor]) -> List[Tuple[Tensor, Tensor]]:
+        """Return each sentence's most probable tags (T_i,), found by Viterbi, and their log-probability."""
+        emissions, mask = net_output["emissions"], net_output["mask"]
+        paths = [torch.tensor(path, device=mask.device) for path in self.crf.decode(emissions, mask)]
+        padded = nn.utils.rnn.pad_sequence(paths, batch_first=True)
+        scores = self.crf(emissions, padded, mask, reduction="none")
+        return [(path + self.first_tag, score) for path, score in zip(paths, scores)]

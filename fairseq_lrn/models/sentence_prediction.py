@@ -1,0 +1,79 @@
+"""What the models for fairseq's task and criterion ``sentence_prediction`` share."""
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch.nn as nn
+from fairseq.data import Dictionary
+from fairseq.models import BaseFairseqModel
+from fairseq.models.roberta.model import RobertaClassificationHead
+from torch import Tensor
+
+from .word_encoder import WordEncoder, WordEncoderConfig
+
+
+class SentencePredictionModel(BaseFairseqModel):
+    """Words, recurrence, one vector of features a sentence, and classification heads over it.
+
+    A subclass names its ``config`` and gives ``feature_size`` and :meth:`extract_features`.
+
+    Args:
+        cfg: a :class:`~fairseq_lrn.models.word_encoder.WordEncoderConfig`
+        dictionary: of the words
+
+    Raises:
+        ValueError: as :class:`~fairseq_lrn.models.word_encoder.WordEncoder`, or characters are asked for
+    """
+
+    config = WordEncoderConfig
+
+    def __init__(self, cfg: WordEncoderConfig, dictionary: Dictionary) -> None:
+        super().__init__()
+        if cfg.char_embed_dim != 0:
+            raise ValueError(
+                f"--char-embed-dim is {cfg.char_embed_dim}, but must be 0: the task sentence_prediction has "
+                "words only"
+            )
+        self.cfg = cfg
+        self.encoder = WordEncoder(cfg, dictionary)
+        self.classification_heads = nn.ModuleDict()
+
+    @classmethod
+    def build_model(cls, cfg: Any, task: Any) -> "SentencePredictionModel":
+        """Build a model from its configuration (or a namespace) for ``task``'s dictionary of words."""
+        return cls(cls.config.from_namespace(cfg), task.source_dictionary)
+
+    def register_classification_head(
+        self, name: str, num_classes: int, inner_dim: Optional[int] = None
+    ) -> None:
+        """Add fairseq's classification head: a tanh layer of ``inner_dim`` (C if None), then scores."""
+        self.classification_heads[name] = RobertaClassificationHead(
+            self.feature_size, inner_dim or self.feature_size, num_classes, "tanh", self.cfg.dropout
+        )
+
+    def extract_features(self, src_tokens: Tensor) -> Tensor:
+        """Map word ids (B, T), padded on either side, to features (B, ``feature_size``)."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        features_only: bool = True,
+        classification_head_name: Optional[str] = None,
+    ) -> Tuple[Tensor, Dict[str, Any]]:
+        """Classify a batch of sentences, padded on either side.
+
+        Args:
+            src_tokens: (B, T) word ids
+            src_lengths: not needed
+            features_only: not needed, there is nothing but features and heads
+            classification_head_name: a registered head
+
+        Returns:
+            scores (B, num_classes) of that head, or the features (B, C) without one, and an empty dict
+        """
+        x = self.extract_features(src_tokens)
+        if classification_head_name is not None:
+            # fairseq's head reads the first of several positions
+            x = self.classification_heads[classification_head_name](x.unsqueeze(1))
+        return x, {}
