@@ -1,14 +1,16 @@
 """What all models of this package share: the unit's options and their checks, embeddings, architectures."""
 
 from dataclasses import dataclass, field
-from typing import Any, Iterable, Optional
+from typing import Any, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
 from fairseq import utils
+from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import register_model_architecture
 from fairseq.models.transformer import Embedding
+from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor
 
 from ..modules import CELLS
@@ -25,6 +27,35 @@ class CellConfig(FairseqDataclass):
         default="tanh", metadata={"help": "activation g of lrn and olrn"}
     )
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
+
+
+@dataclass
+class AdaptiveSoftmaxConfig(FairseqDataclass):
+    """Options of models whose softmax may be fairseq's adaptive one, named as the Transformer's."""
+
+    adaptive_softmax_cutoff: Optional[List[int]] = field(
+        default=None,
+        metadata={
+            "help": "list of adaptive softmax cutoff points. Must be used with adaptive_loss criterion"
+        },
+    )
+    adaptive_softmax_dropout: float = field(
+        default=0.0, metadata={"help": "sets adaptive softmax dropout for the tail projections"}
+    )
+    adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
+
+
+def build_adaptive_softmax(
+    cfg: AdaptiveSoftmaxConfig, dictionary: Dictionary, embed_dim: int
+) -> AdaptiveSoftmax:
+    """Make fairseq's adaptive softmax of ``dictionary`` over features of width ``embed_dim``."""
+    return AdaptiveSoftmax(
+        len(dictionary),
+        embed_dim,
+        cfg.adaptive_softmax_cutoff,
+        dropout=cfg.adaptive_softmax_dropout,
+        factor=cfg.adaptive_softmax_factor,
+    )
 
 
 def check_cell(cfg: CellConfig) -> None:

@@ -1,21 +1,21 @@
 """The LRN encoder-decoder: fairseq model ``lrn`` and its architectures."""
 
 from dataclasses import dataclass, field
-from typing import List, Optional
+from typing import Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
 
-from .base import architecture
+from .base import AdaptiveSoftmaxConfig, architecture
 from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel
 from .lrn_decoder import LRNDecoder
 from .lrn_encoder import LRNEncoder
 
 
 @dataclass
-class LRNConfig(EncoderDecoderConfig):
+class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     """Options of the ``lrn`` model; where fairseq's Transformer has the same option, the name is the same."""
 
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
@@ -30,16 +30,6 @@ class LRNConfig(EncoderDecoderConfig):
     encoder_ffn_embed_dim: int = field(default=1024, metadata={"help": "encoder embedding dimension for FFN"})
     decoder_ffn_embed_dim: int = field(default=1024, metadata={"help": "decoder embedding dimension for FFN"})
     no_scale_embedding: bool = field(default=False, metadata={"help": "if True, dont scale embeddings"})
-    adaptive_softmax_cutoff: Optional[List[int]] = field(
-        default=None,
-        metadata={
-            "help": "list of adaptive softmax cutoff points. Must be used with adaptive_loss criterion"
-        },
-    )
-    adaptive_softmax_dropout: float = field(
-        default=0.0, metadata={"help": "sets adaptive softmax dropout for the tail projections"}
-    )
-    adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
     encoder_layerdrop: float = field(default=0.0, metadata={"help": "LayerDrop probability for encoder"})
     encoder_layers_to_keep: Optional[str] = field(
         default=None,

@@ -6,10 +6,10 @@ from typing import Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
-from fairseq.modules import AdaptiveSoftmax, FairseqDropout
+from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .base import build_output_projection, find_padding
+from .base import build_adaptive_softmax, build_output_projection, find_padding
 from .lrn_layers import LRNDecoderLayer, build_layers
 
 
@@ -39,13 +39,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.adaptive_softmax = None
         self.output_projection = None
         if cfg.adaptive_softmax_cutoff is not None:
-            self.adaptive_softmax = AdaptiveSoftmax(
-                len(dictionary),
-                embed_dim,
-                cfg.adaptive_softmax_cutoff,
-                dropout=cfg.adaptive_softmax_dropout,
-                factor=cfg.adaptive_softmax_factor,
-            )
+            self.adaptive_softmax = build_adaptive_softmax(cfg, dictionary, embed_dim)
         else:
             self.output_projection = build_output_projection(
                 embed_tokens, cfg.share_decoder_input_output_embed

@@ -8,12 +8,13 @@ import torch
 import torch.nn as nn
 from fairseq.data import Dictionary
 from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, register_model
-from fairseq.modules import AdaptiveSoftmax
 from torch import Tensor
 
 from ..modules import LockedDropout, MixtureOfSoftmaxes, StackedRecurrent
 from .base import (
+    AdaptiveSoftmaxConfig,
     CellConfig,
+    build_adaptive_softmax,
     build_embedding,
     build_output_projection,
     check_cell,
@@ -24,7 +25,7 @@ from .lrn_decoder import LRNDecoder
 
 
 @dataclass
-class LRNLanguageModelConfig(CellConfig):
+class LRNLanguageModelConfig(CellConfig, AdaptiveSoftmaxConfig):
     """Options of ``lrn_lm``; what fairseq's ``lstm_lm`` and ``transformer_lm`` have too is named as there."""
 
     decoder_embed_dim: int = field(default=512, metadata={"help": "decoder embedding dimension"})
@@ -47,16 +48,6 @@ class LRNLanguageModelConfig(CellConfig):
         default=0,
         metadata={"help": "number of softmaxes in the mixture that predicts a word; 0: one softmax"},
     )
-    adaptive_softmax_cutoff: Optional[List[int]] = field(
-        default=None,
-        metadata={
-            "help": "list of adaptive softmax cutoff points. Must be used with adaptive_loss criterion"
-        },
-    )
-    adaptive_softmax_dropout: float = field(
-        default=0.0, metadata={"help": "sets adaptive softmax dropout for the tail projections"}
-    )
-    adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
 
 
 class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
@@ -99,13 +90,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         self.adaptive_softmax = None
         self.output_projection = None
         if cfg.adaptive_softmax_cutoff is not None:
-            self.adaptive_softmax = AdaptiveSoftmax(
-                len(dictionary),
-                embed_dim,
-                cfg.adaptive_softmax_cutoff,
-                dropout=cfg.adaptive_softmax_dropout,
-                factor=cfg.adaptive_softmax_factor,
-            )
+            self.adaptive_softmax = build_adaptive_softmax(cfg, dictionary, embed_dim)
         else:
             shared = cfg.share_decoder_input_output_embed
             self.output_projection = build_output_projection(
