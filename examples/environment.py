@@ -27,6 +27,7 @@ OTHERS = (
     "hypothesis",
     "matplotlib",
     "pytest",
+    "pytest-xdist",
     "pytorch-crf",
     "ruff",
     "sacrebleu",

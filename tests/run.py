@@ -15,4 +15,6 @@ if __name__ == "__main__":
     attempt("Lint", lambda: run(["ruff", "check", "."], LOGS / "lint.log"))
     attempt("Formatting", lambda: run(["ruff", "format", "--check", "."], LOGS / "format.log"))
     print("\n== Tests", flush=True)
-    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *sys.argv[1:]])
+    # a file's tests share what they have trained, so they stay together
+    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
+    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *workers, *sys.argv[1:]])
