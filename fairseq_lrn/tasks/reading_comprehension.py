@@ -63,6 +63,11 @@ class ReadingComprehensionTask(FairseqTask):
         """The dictionary of questions and passages."""
         return self.dictionary
 
+    @property
+    def target_dictionary(self) -> None:
+        """None: what is predicted are positions."""
+        return None
+
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
         """Load ``split`` from ``SPLIT.passages`` and ``SPLIT.questions``, one JSON object a line."""
         rows = []
