@@ -154,7 +154,7 @@ def validate(run, data, checkpoint, batch_size):
 
 def test_it_learns_to_read(run, reading, tmp_path):
     """fairseq-validate and the answers written give the scores of training, in batches of any size."""
-    out = run("fairseq-train", reading, *PLUGIN, *TRAIN, "--max-epoch", 12, "--save-dir", tmp_path)
+    out = run("fairseq-train", reading, *PLUGIN, *TRAIN, "--max-epoch", 24, "--save-dir", tmp_path)
     found = re.findall(r"on 'valid' subset .* em ([0-9.]+) .* f1 ([0-9.]+)", out)
     scores = [tuple(map(float, pair)) for pair in found]
     assert max(em for em, _ in scores) > 90
