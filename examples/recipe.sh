@@ -21,7 +21,7 @@ choose() {  # choose [CELL ...] [-- fairseq-train option ...]: sets cells, all u
   local all="lrn olrn lstm gru atr sru"
   cells=() extra=()
   while [[ $# -gt 0 && $1 != -- ]]; do
-    [[ " $all " == *" $1 "* ]] || die "CELL is $1, but must be one of $all"
+    [[ " $all " == *" $1 "* ]] || die "CELL is $1, but must be lrn, olrn, lstm, gru, atr or sru"
     cells+=("$1")
     shift
   done

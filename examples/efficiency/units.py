@@ -79,7 +79,7 @@ def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[s
     train: List[float] = []
     for _ in range(2 + scale["updates"]):
         source, target = tokens(), tokens()
-        previous = target.roll(1, 1).masked_fill(target.roll(1, 1).eq(dictionary.eos()), dictionary.pad())
+        previous = target.masked_fill(target.eq(dictionary.eos()), dictionary.pad()).roll(1, 1)
         previous[:, 0] = dictionary.eos()
         began = seconds()
         scores, _ = net(source, None, previous)

@@ -57,46 +57,33 @@ prepare() {
   fi
 }
 
-train() {  # train CELL [option ...]
-  local cell=$1
-  shift
-  fairseq-train "$work/bin" --user-dir "$user_dir" --task truncated_bptt_lm --arch lrn_lm --cell "$cell" \
+train() {  # train CELL
+  fairseq-train "$work/bin" --user-dir "$user_dir" --task truncated_bptt_lm --arch lrn_lm --cell "$1" \
     --decoder-embed-dim 192 --decoder-hidden-size 192 --decoder-layers 2 --dropout 0.4 --embed-dropout 0.1 \
     --criterion adaptive_loss --adaptive-softmax-cutoff 2000,6000 --adaptive-softmax-dropout 0.2 \
     --ddp-backend legacy_ddp \
     --optimizer adam --lr 0.003 --force-anneal 4 --lr-shrink 0.5 --clip-norm 0.25 \
     --tokens-per-sample 35 --batch-size 20 --max-epoch "$max_epoch" --seed 1 \
-    --save-dir "$work/$cell" --no-epoch-checkpoints --num-workers 0 --log-format simple --log-interval 20 "$@"
+    --save-dir "$work/$1" --no-epoch-checkpoints --num-workers 0 --log-format simple --log-interval 20 \
+    "${extra[@]}" | tee -a "$work/$1/train.log"
 }
 
 perplexity() {  # perplexity CELL SPLIT; fairseq's messages go to CELL/SPLIT.log
   local log=$work/$1/$2.log
-  [[ $log -nt $work/$1/checkpoint_best.pt ]] ||
-    fairseq-eval-lm "$work/bin" --user-dir "$user_dir" --task truncated_bptt_lm --gen-subset "$2" \
-      --path "$work/$1/checkpoint_best.pt" --tokens-per-sample 512 --num-workers 0 > "$log.part" 2>&1 ||
-    { tail -n 20 "$log.part" >&2; die "fairseq-eval-lm failed, see $log.part"; }
-  [[ ! -e $log.part ]] || mv "$log.part" "$log"
+  if [[ ! $log -nt $work/$1/checkpoint_best.pt ]]; then
+    rm -f "$log.part"
+    log "$log.part" fairseq-eval-lm "$work/bin" --user-dir "$user_dir" --task truncated_bptt_lm --gen-subset "$2" \
+      --path "$work/$1/checkpoint_best.pt" --tokens-per-sample 512 --num-workers 0
+    mv "$log.part" "$log"
+  fi
   grep -o 'Perplexity: .*' "$log" | cut -d ' ' -f 2
 }
 
-cells=()
-while [[ $# -gt 0 && $1 != -- ]]; do
-  [[ " lrn olrn lstm gru atr sru " == *" $1 "* ]] || die "CELL is $1, but must be lrn, olrn, lstm, gru, atr or sru"
-  cells+=("$1")
-  shift
-done
-[[ $# -eq 0 ]] || shift
-[[ ${#cells[@]} -gt 0 ]] || cells=(lrn olrn lstm gru atr sru)
-
+choose "$@"
 prepare
 for cell in "${cells[@]}"; do
   step "training $cell"
-  folder=$work/$cell
-  if [[ ! -e $folder/trained || $(< "$folder/trained") != "$max_epoch $*" ]]; then
-    mkdir -p "$folder"
-    train "$cell" "$@" | tee -a "$folder/train.log"
-    echo "$max_epoch $*" > "$folder/trained"
-  fi
+  once "$work/$cell" "MAX_EPOCH=$max_epoch ${extra[*]}" train "$cell"
   for split in valid test; do
     step "perplexity of $cell, $split"
     perplexity "$cell" $split > /dev/null

@@ -6,12 +6,11 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.data import Dictionary
-from fairseq.models.transformer import Embedding
 from fairseq.modules import CharacterTokenEmbedder
 from torch import Tensor
 
 from ..modules import LockedDropout, StackedRecurrent
-from .base import CellConfig, check_cell, check_positive, find_padding
+from .base import CellConfig, build_embedding, check_cell, check_positive, find_padding
 
 
 @dataclass
@@ -46,7 +45,7 @@ class WordEncoder(nn.Module):
         check_positive(cfg, ("encoder_embed_dim", "encoder_hidden_size", "encoder_layers"))
         check_cell(cfg)
         self.padding_idx = dictionary.pad()
-        self.embed_tokens = Embedding(len(dictionary), cfg.encoder_embed_dim, self.padding_idx)
+        self.embed_tokens = build_embedding(dictionary, cfg.encoder_embed_dim)
         if cfg.encoder_embed_path:
             load_vectors(cfg.encoder_embed_path, dictionary, self.embed_tokens)
         size = cfg.encoder_embed_dim
