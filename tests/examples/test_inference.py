@@ -2,12 +2,11 @@
 
 import itertools
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
+from recipes import Recipe, lines
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples/inference"
 SIZES = {"train": 60, "trial": 13, "test_annotated": 21}  # 8 divides no count of results
 HEADER = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score", "entailment_judgment"]
 SMALL = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --log-interval 1".split()
@@ -43,20 +42,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """Run a script in a folder of its own, writing to work/ there."""
-    cwd = tmp_path_factory.mktemp("cwd")
-
-    def run(script, *words, **settings):
-        env = {**os.environ, "PYTHONWARNINGS": "ignore", "WORK": "work", "MAX_EPOCH": "2", **settings}
-        command = ["bash", str(FOLDER / script), *words]
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-    run.work = cwd / "work"
-    return run
-
-
-def lines(path):
-    return path.read_text(encoding="utf-8").split("\n")[:-1]
+    return Recipe("inference", tmp_path_factory.mktemp("cwd"), MAX_EPOCH="2")
 
 
 def test_table_and_training_that_goes_on(recipe, data):
