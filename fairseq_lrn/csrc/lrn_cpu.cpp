@@ -10,8 +10,8 @@
 #include <torch/library.h>
 
 #include <algorithm>
-#include <cstdlib>
 
+#include "isa.h"
 #include "lrn.h"
 #include "lrn_cell.h"
 
@@ -273,7 +273,6 @@ LRN_HD void backward_blocks(const BackwardArgs<T>& a, int64_t begin, int64_t end
   }
 }
 
-// An entry function per instruction set; what they call is inlined, and so compiled for it.
 #define LRN_ENTRIES(suffix, attribute)                                                     \
   template <typename T, bool kTanh, bool kGate>                                            \
   attribute void forward_##suffix(const ForwardArgs<T>& a, int64_t begin, int64_t end) {   \
@@ -284,38 +283,7 @@ LRN_HD void backward_blocks(const BackwardArgs<T>& a, int64_t begin, int64_t end
     backward_blocks<T, kTanh, kGate>(a, begin, end);                                       \
   }
 
-enum class Isa { kDefault, kAvx2, kAvx512 };
-
-LRN_ENTRIES(default, )
-#if defined(__x86_64__) && defined(__GNUC__)
-LRN_ENTRIES(avx2, __attribute__((target("avx2,fma"))))
-LRN_ENTRIES(avx512, __attribute__((
-                        target("avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"))))
-
-// FAIRSEQ_LRN_CPU_CAPABILITY (default, avx2 or avx512) lowers the choice.
-Isa pick_isa() {
-  const char* wish = std::getenv("FAIRSEQ_LRN_CPU_CAPABILITY");
-  const std::string limit = wish == nullptr ? "avx512" : wish;
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
-  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
-                      __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-                      __builtin_cpu_supports("avx512dq");
-  if (limit == "default" || !avx2) {
-    return Isa::kDefault;
-  }
-  return limit == "avx2" || !avx512 ? Isa::kAvx2 : Isa::kAvx512;
-}
-
-const Isa kIsa = pick_isa();
-
-#define LRN_PICK(pass, ...)                          \
-  (kIsa == Isa::kAvx512 ? pass##_avx512<__VA_ARGS__> \
-   : kIsa == Isa::kAvx2 ? pass##_avx2<__VA_ARGS__>   \
-                        : pass##_default<__VA_ARGS__>)
-#else
-#define LRN_PICK(pass, ...) (pass##_default<__VA_ARGS__>)
-#endif
+LRN_EACH_ISA(LRN_ENTRIES)
 
 template <typename Args>
 void run_blocks(void (*blocks)(const Args&, int64_t, int64_t), const Args& args) {
@@ -325,11 +293,11 @@ void run_blocks(void (*blocks)(const Args&, int64_t, int64_t), const Args& args)
                    [&](int64_t begin, int64_t end) { blocks(args, begin, end); });
 }
 
-#define LRN_DISPATCH(pass, sizes, args)                                                \
-  run_blocks(sizes.tanh ? (sizes.parts == 4 ? LRN_PICK(pass, scalar_t, true, true)     \
-                                            : LRN_PICK(pass, scalar_t, true, false))   \
-                        : (sizes.parts == 4 ? LRN_PICK(pass, scalar_t, false, true)    \
-                                            : LRN_PICK(pass, scalar_t, false, false)), \
+#define LRN_DISPATCH(pass, sizes, args)                                                  \
+  run_blocks(sizes.tanh ? (sizes.parts == 4 ? LRN_PICK(pass, <scalar_t, true, true>)     \
+                                            : LRN_PICK(pass, <scalar_t, true, false>))   \
+                        : (sizes.parts == 4 ? LRN_PICK(pass, <scalar_t, false, true>)    \
+                                            : LRN_PICK(pass, <scalar_t, false, false>)), \
              args)
 
 Tensor state_or_zeros(const OptionalTensor& state, const Tensor& projections, const lrn::Sizes& s) {

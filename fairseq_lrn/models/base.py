@@ -84,6 +84,33 @@ def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
     return None
 
 
+def pick_sentences(new_order: Tensor, rows: int, sentences: int) -> Optional[Tensor]:
+    """Find the sentences to keep for new rows, where a sentence is kept once for all rows next to each other.
+
+    Args:
+        new_order: (N'), of each new row the old one
+        rows: N, number of old rows, a multiple of B
+        sentences: B
+
+    Returns:
+        the sentence of each new row, or, if there were several rows a sentence and are as many again, that of
+        each such group; None if the B sentences can stay as they are
+    """
+    beams = rows // sentences
+    picked = torch.div(new_order, beams, rounding_mode="floor")
+    if beams == 1:
+        beams = new_order.size(0) // sentences
+        same = torch.arange(sentences, device=new_order.device).repeat_interleave(beams)
+        return None if torch.equal(picked, same) else picked
+    if new_order.size(0) % beams == 0:
+        groups = picked.view(-1, beams)
+        first = groups[:, 0]
+        if torch.equal(groups, first.unsqueeze(1).expand_as(groups)):
+            same = torch.arange(sentences, device=new_order.device)
+            return None if torch.equal(first, same) else first
+    return picked
+
+
 def build_embedding(dictionary, embed_dim: int, path: Optional[str] = None) -> nn.Embedding:
     """Make an embedding, with the vectors of fairseq's text file ``path`` for the words found there."""
     embedding = Embedding(len(dictionary), embed_dim, dictionary.pad())

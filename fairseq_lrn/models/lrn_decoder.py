@@ -9,14 +9,15 @@ from fairseq.models import FairseqIncrementalDecoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .base import build_adaptive_softmax, build_output_projection, find_padding
+from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
 from .lrn_layers import LRNDecoderLayer, build_layers
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
     """Embeddings and ``cfg.decoder_layers`` blocks of LRN, attention over the encoder and feed-forward.
 
-    While decoding a sentence word by word it keeps one (B, C) state a layer, (B, 2·C) with LSTM.
+    While decoding word by word it keeps one (N, C) state a layer, (N, 2·C) with LSTM, for N hypotheses, and
+    keys and values of their B sentences.
 
     Args:
         cfg: an :class:`~fairseq_lrn.models.lrn.LRNConfig`
@@ -93,12 +94,13 @@ class LRNDecoder(FairseqIncrementalDecoder):
             alignment_layer = self.num_layers - 1
 
         states: Optional[Tensor] = None
+        keys_values: Optional[Tensor] = None
         padding_mask: Optional[Tensor] = None
         if incremental_state is not None:
             prev_output_tokens = prev_output_tokens[:, -1:]
             saved = self.get_incremental_state(incremental_state, "states")
             if saved is not None:
-                states = saved["states"]
+                states, keys_values = saved["states"], saved["keys_values"]
         else:
             padding_mask = find_padding(prev_output_tokens, self.padding_idx)
 
@@ -106,21 +108,25 @@ class LRNDecoder(FairseqIncrementalDecoder):
 
         attn: Optional[Tensor] = None
         new_states: List[Tensor] = []
+        new_keys_values: List[Tensor] = []
         for i, layer in enumerate(self.layers):
-            x, state, layer_attn = layer(
+            x, state, layer_keys_values, layer_attn = layer(
                 x,
                 encoder_x,
                 encoder_padding_mask,
                 states[i : i + 1] if states is not None else None,
                 padding_mask,
-                incremental_state,
+                keys_values[i] if keys_values is not None else None,
                 i == alignment_layer and not self.training,
             )
             new_states.append(state)
+            new_keys_values.append(layer_keys_values)
             if layer_attn is not None and i == alignment_layer:
                 attn = layer_attn
         if incremental_state is not None:
-            last: Dict[str, Optional[Tensor]] = {"states": torch.cat(new_states)}
+            if keys_values is None:
+                keys_values = torch.stack(new_keys_values)
+            last: Dict[str, Optional[Tensor]] = {"states": torch.cat(new_states), "keys_values": keys_values}
             self.set_incremental_state(incremental_state, "states", last)
         if attn is not None:
             if alignment_heads is not None:
@@ -140,13 +146,22 @@ class LRNDecoder(FairseqIncrementalDecoder):
     def reorder_incremental_state(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
     ) -> Optional[Dict[str, Dict[str, Optional[Tensor]]]]:
-        """Follow the beam: pick the states of the hypotheses ``new_order`` (B',)."""
+        """Follow the beam: pick the states of the hypotheses ``new_order`` (N'), and their sentences."""
         saved = self.get_incremental_state(incremental_state, "states")
         if saved is not None:
-            states = saved["states"]
-            assert states is not None
+            states, keys_values = saved["states"], saved["keys_values"]
+            assert states is not None and keys_values is not None
             saved["states"] = states.index_select(1, new_order)
+            sentences = pick_sentences(new_order, states.size(1), keys_values.size(2))
+            if sentences is not None:
+                saved["keys_values"] = keys_values.index_select(2, sentences)
         return incremental_state
+
+    def reorder_incremental_state_scripting(
+        self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
+    ) -> None:
+        """As :meth:`reorder_incremental_state`; fairseq's looks for further states in every module."""
+        self.reorder_incremental_state(incremental_state, new_order)
 
     def max_positions(self) -> int:
         """Maximum target length in tokens."""

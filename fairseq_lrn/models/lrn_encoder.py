@@ -9,7 +9,7 @@ from fairseq.models import FairseqEncoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .base import find_padding
+from .base import find_padding, pick_sentences
 from .lrn_layers import LRNEncoderLayer, build_layers
 
 
@@ -55,18 +55,22 @@ class LRNEncoder(FairseqEncoder):
 
     @torch.jit.export
     def reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
-        """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (B',)."""
-        return {
-            "encoder_out": [x.index_select(1, new_order) for x in encoder_out["encoder_out"]],
-            "encoder_padding_mask": [
-                x.index_select(0, new_order) for x in encoder_out["encoder_padding_mask"]
-            ],
-        }
+        """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (N').
 
-    @torch.jit.export
-    def _reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
-        """Keep one copy a sentence where attention shares it among the beams."""
-        return encoder_out
+        Where ``new_order`` puts each sentence into as many rows next to each other, as beam search does, the
+        result has it once, and in ``rows`` an empty tensor of N' rows; from then on ``new_order`` picks rows.
+        """
+        sentences = encoder_out["encoder_out"][0].size(1)
+        rows = encoder_out["rows"][0].size(0) if "rows" in encoder_out else sentences
+        picked = pick_sentences(new_order, rows, sentences)
+        result = encoder_out.copy()
+        if picked is not None:
+            result["encoder_out"] = [x.index_select(1, picked) for x in encoder_out["encoder_out"]]
+            result["encoder_padding_mask"] = [
+                x.index_select(0, picked) for x in encoder_out["encoder_padding_mask"]
+            ]
+        result["rows"] = [new_order.new_empty(new_order.size(0), 0)]
+        return result
 
     def max_positions(self) -> int:
         """Maximum source length in tokens."""

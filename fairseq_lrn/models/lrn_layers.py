@@ -1,12 +1,13 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-from typing import Callable, Dict, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
+import torch
 import torch.nn as nn
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import Linear
-from fairseq.modules import FairseqDropout, LayerDropModuleList, MultiheadAttention
+from fairseq.modules import FairseqDropout, LayerDropModuleList
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
@@ -47,6 +48,70 @@ class FeedForward(nn.Module):
         return self.fc2(self.activation_dropout_module(self.activation_fn(self.fc1(x))))
 
 
+class EncoderAttention(nn.Module):
+    """Multi-head attention (Vaswani et al., 2017) of target positions over the encoder's output.
+
+    The parameters are those of fairseq's ``MultiheadAttention``. Keys and values are made once, and each
+    sentence has them once for all its hypotheses, which ask together.
+    """
+
+    def __init__(self, cfg):
+        super().__init__()
+        embed_dim, memory_dim = cfg.decoder_embed_dim, cfg.encoder_embed_dim
+        self.head_dim = embed_dim // cfg.decoder_attention_heads
+        self.k_proj = build_linear(memory_dim, embed_dim, cfg)
+        self.v_proj = build_linear(memory_dim, embed_dim, cfg)
+        self.q_proj = build_linear(embed_dim, embed_dim, cfg)
+        self.out_proj = build_linear(embed_dim, embed_dim, cfg)
+        self.dropout_module = FairseqDropout(cfg.attention_dropout, self.__class__.__name__)
+        for projection in (self.k_proj, self.v_proj, self.q_proj):
+            nn.init.xavier_uniform_(projection.weight, gain=2**-0.5 if memory_dim == embed_dim else 1.0)
+
+    def project(self, memory: Tensor) -> Tensor:
+        """Return the keys and values, (2, B, heads, S, head_dim), of the encoder's output (S, B, C)."""
+        keys, values = self.k_proj(memory), self.v_proj(memory)
+        return (
+            torch.stack([keys, values]).unflatten(3, (-1, self.head_dim)).permute(0, 2, 3, 1, 4).contiguous()
+        )
+
+    def forward(
+        self, x: Tensor, keys_values: Tensor, padding_mask: Optional[Tensor], need_weights: bool
+    ) -> Tuple[Tensor, Optional[Tensor]]:
+        """Look for each target position.
+
+        Args:
+            x: (T, N, C), N being B, or a multiple of it, the hypotheses of a sentence next to each other
+            keys_values: of B sentences, from :meth:`project`
+            padding_mask: (B, S), True at padding
+            need_weights: return the weights
+
+        Returns:
+            what was found, (T, N, C), and weights (heads, N, T, S) or None
+        """
+        keys, values = keys_values[0], keys_values[1]
+        steps, rows, sentences = x.size(0), x.size(1), keys.size(0)
+        # (T, N, C) to (B, heads, N / B * T, head_dim)
+        query = self.q_proj(x).view(steps, sentences, rows // sentences, -1, self.head_dim)
+        query = query.permute(1, 3, 2, 0, 4).flatten(2, 3)
+        mask: Optional[Tensor] = None
+        if padding_mask is not None:
+            mask = padding_mask.logical_not()[:, None, None]
+        weights: Optional[Tensor] = None
+        if need_weights:
+            scores = torch.matmul(query * self.head_dim**-0.5, keys.transpose(2, 3))
+            if mask is not None:
+                scores = scores.masked_fill(mask.logical_not(), float("-inf"))
+            weights = scores.softmax(3)
+            y = torch.matmul(self.dropout_module(weights), values)
+            weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
+        else:
+            active = self.training or self.dropout_module.apply_during_inference
+            dropout = self.dropout_module.p if active else 0.0
+            y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
+        y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)
+        return self.out_proj(y), weights
+
+
 class LRNEncoderLayer(nn.Module):
     """A bidirectional recurrence and a feed-forward block, each x + dropout(f(norm(x)))."""
 
@@ -80,16 +145,7 @@ class LRNDecoderLayer(nn.Module):
         self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=str(cfg.cell_activation))
         self.out_proj = build_linear(embed_dim, embed_dim, cfg)
         self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
-        self.encoder_attn = MultiheadAttention(
-            embed_dim,
-            cfg.decoder_attention_heads,
-            kdim=cfg.encoder_embed_dim,
-            vdim=cfg.encoder_embed_dim,
-            dropout=cfg.attention_dropout,
-            encoder_decoder_attention=True,
-            q_noise=cfg.quant_noise_pq,
-            qn_block_size=cfg.quant_noise_pq_block_size,
-        )
+        self.encoder_attn = EncoderAttention(cfg)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.decoder_ffn_embed_dim, cfg)
 
@@ -100,36 +156,31 @@ class LRNDecoderLayer(nn.Module):
         encoder_padding_mask: Optional[Tensor],
         state: Optional[Tensor],
         padding_mask: Optional[Tensor],
-        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]],
+        keys_values: Optional[Tensor],
         need_attn: bool,
-    ) -> Tuple[Tensor, Tensor, Optional[Tensor]]:
+    ) -> Tuple[Tensor, Tensor, Tensor, Optional[Tensor]]:
         """Run one block.
 
         Args:
-            x: (T, B, C)
+            x: (T, N, C), N being B, or a multiple of it, the hypotheses of a sentence next to each other
             encoder_out: (S, B, C_encoder)
             encoder_padding_mask: (B, S), True at padding
-            state: the recurrence's before the first step, (1, B, C), LSTM's (1, B, 2·C), zeros if None
-            padding_mask: (B, T), True at padding
-            incremental_state: where attention keeps the encoder's keys and values while decoding
+            state: the recurrence's before the first step, (1, N, C), LSTM's (1, N, 2·C), zeros if None
+            padding_mask: (N, T), True at padding
+            keys_values: those that an earlier call made of ``encoder_out``
             need_attn: return the attention weights
 
         Returns:
-            output (T, B, C), state after the last step, attention weights (heads, B, T, S) or None
+            output (T, N, C), state after the last step, keys and values, and attention weights
+            (heads, N, T, S) or None
         """
         y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
+        if keys_values is None:
+            keys_values = self.encoder_attn.project(encoder_out)
         y, attn = self.encoder_attn(
-            query=self.encoder_attn_layer_norm(x),
-            key=encoder_out,
-            value=encoder_out,
-            key_padding_mask=encoder_padding_mask,
-            incremental_state=incremental_state,
-            # without it fairseq takes a faster way, which cannot tell the heads apart
-            static_kv=incremental_state is not None or need_attn,
-            need_weights=need_attn,
-            need_head_weights=need_attn,
+            self.encoder_attn_layer_norm(x), keys_values, encoder_padding_mask, need_attn
         )
         x = x + self.dropout_module(y)
         x = x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
-        return x, state, attn
+        return x, state, keys_values, attn

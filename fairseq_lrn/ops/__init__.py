@@ -1,6 +1,7 @@
-"""The LRN recurrence as an operator."""
+"""Operators: the LRN recurrence, and what beam search asks of a softmax."""
 
+from .log_softmax_topk import log_softmax_topk
 from .reference import lrn_scan_reference
 from .scan import lrn_scan
 
-__all__ = ["lrn_scan", "lrn_scan_reference"]
+__all__ = ["log_softmax_topk", "lrn_scan", "lrn_scan_reference"]

@@ -22,3 +22,6 @@ def load_library() -> bool:
         stacklevel=2,
     )
     return False
+
+
+loaded = load_library()

@@ -6,12 +6,11 @@ from typing import Optional
 import torch
 from torch import Tensor
 
-from ._library import load_library
+from ._library import loaded
 from .reference import lrn_scan_reference
 
-_loaded = load_library()
-_scan = torch.ops.fairseq_lrn.lrn_scan if _loaded else lrn_scan_reference
-_cuda = _loaded and torch._C._dispatch_has_kernel_for_dispatch_key("fairseq_lrn::lrn_scan", "CUDA")
+_scan = torch.ops.fairseq_lrn.lrn_scan if loaded else lrn_scan_reference
+_cuda = loaded and torch._C._dispatch_has_kernel_for_dispatch_key("fairseq_lrn::lrn_scan", "CUDA")
 
 
 def lrn_scan(

@@ -2,6 +2,7 @@
 
 from .reading_comprehension import ReadingComprehensionTask
 from .tagging import TaggingTask
+from .translation import LRNTranslationTask
 from .truncated_bptt_lm import TruncatedBPTTLMTask
 
-__all__ = ["ReadingComprehensionTask", "TaggingTask", "TruncatedBPTTLMTask"]
+__all__ = ["LRNTranslationTask", "ReadingComprehensionTask", "TaggingTask", "TruncatedBPTTLMTask"]

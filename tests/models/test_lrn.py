@@ -128,6 +128,42 @@ def test_states_follow_the_beam():
 
 
 @pytest.mark.parametrize("device", DEVICES)
+def test_beams_share_their_sentence(device):
+    """Hypotheses score as each with a copy of its sentence does, in whatever order they are picked."""
+    model = build(device=device)
+    pad = model.encoder.padding_idx
+    lengths = [5, 9, 2, 7]
+    source = sentences(lengths, pad).to(device)
+    shared = model.encoder(source)
+    orders = [
+        [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],  # three hypotheses a sentence
+        [2, 0, 0, 3, 4, 5, 7, 7, 7, 10, 9, 11],
+        [5, 3, 3, 9, 9, 10],  # of two sentences
+        [1, 0, 0, 3, 5, 4],
+        [4, 3, 3, 0, 0, 1],  # the sentences in another order
+        [0, 3, 1, 2],  # no longer one sentence next to the other
+        [3, 1, 1],
+    ]
+    rows, sizes = torch.arange(len(lengths)), []
+    state = {}
+    prefix = torch.full((len(lengths), 1), 2, device=device)
+    for step, order in enumerate(orders):
+        order = torch.tensor(order)
+        rows = rows[order]
+        if step > 0:
+            model.decoder.reorder_incremental_state_scripting(state, order.to(device))
+        shared = model.encoder.reorder_encoder_out(shared, order.to(device))
+        sizes.append(shared["encoder_out"][0].size(1))
+        prefix = prefix[order.to(device)]
+        scores, extra = model.decoder(prefix, shared, incremental_state=state)
+        whole, whole_extra = model(source[rows.to(device)], None, prefix)
+        torch.testing.assert_close(scores[:, 0], whole[:, -1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(extra["attn"][0][:, 0], whole_extra["attn"][0][:, -1], rtol=0, atol=1e-5)
+        prefix = torch.cat([prefix, 4 + torch.arange(len(order), device=device)[:, None] + step], 1)
+    assert sizes == [4, 4, 2, 2, 2, 4, 3]
+
+
+@pytest.mark.parametrize("device", DEVICES)
 def test_every_hypothesis_of_a_beam_scores_as_teacher_forcing_does(device):
     """Through reorderings, finished hypotheses and sentences that leave the batch at different times."""
     model = build(device=device)
@@ -157,7 +193,8 @@ def test_state_is_one_vector_a_layer():
     state = {}
     model.decoder(source[:, :1], model.encoder(source), incremental_state=state)
     saved = model.decoder.get_incremental_state(state, "states")
-    assert {k: tuple(v.shape) for k, v in saved.items()} == {"states": (2, 2, 16)}
+    shapes = {k: tuple(v.shape) for k, v in saved.items()}
+    assert shapes == {"states": (2, 2, 16), "keys_values": (2, 2, 2, 2, 9, 8)}
 
 
 def test_attention_is_averaged_over_heads():

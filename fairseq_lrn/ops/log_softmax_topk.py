@@ -1,0 +1,42 @@
+"""The best words of a softmax, without the others' probabilities."""
+
+from typing import Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from ._library import loaded
+
+
+def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tuple[Tensor, Tensor]:
+    """Find the ``k`` greatest log-probabilities of each row: ``scores.log_softmax(1).topk(k)``.
+
+    On the CPU each row is read once and nothing of its length is written. There is no gradient.
+
+    Args:
+        scores: (N, V), before the softmax, of any floating dtype; probabilities are computed in float32
+        k: at most V less ``exclude``
+        exclude: columns that have their share of the probability but are not picked
+
+    Returns:
+        log-probabilities (N, k), float32, in descending order, and their columns (N, k), int64; where scores
+        are NaN or too few finite ones are left, the log-probability is minus infinity
+
+    Raises:
+        ValueError: ``scores`` has not two axes, or ``k`` does not fit them
+    """
+    if scores.dim() != 2:
+        raise ValueError(f"scores must have 2 axes (N, V), got {scores.dim()}")
+    if not 0 < k <= scores.size(1) - len(exclude):
+        raise ValueError(
+            f"k must be between 1 and {scores.size(1) - len(exclude)}, the columns of scores that are not "
+            f"excluded, got {k}"
+        )
+    scores = scores.detach().float()
+    if loaded and scores.device.type == "cpu":
+        return torch.ops.fairseq_lrn.log_softmax_topk(scores, k, exclude)
+    log_probs = scores.log_softmax(1)
+    log_probs[log_probs.isnan()] = -torch.inf
+    log_probs[:, list(exclude)] = -torch.inf
+    values, indices = log_probs.topk(k)
+    return values, indices

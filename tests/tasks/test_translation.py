@@ -1,0 +1,172 @@
+"""The task lrn_translation finds what fairseq's own translation finds."""
+
+import itertools
+import re
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn as nn
+from batches import DEVICES, SMALL, SMALL_OPTIONS, sentences, task
+from fairseq.search import Sampling
+from fairseq.sequence_generator import SequenceGenerator
+
+from fairseq_lrn.models import DeepNMTModel, LRNModel
+from fairseq_lrn.tasks.translation import BeamSearchGenerator
+
+ROOT = Path(__file__).resolve().parents[2]
+PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
+FIXED = "--cpu --num-workers 0 --required-batch-size-multiple 1".split()
+LENGTHS = [7, 3, 11, 5, 1]
+
+
+def build(model_class=LRNModel, device="cpu", **options):
+    """A random model whose sentences end early, and at different lengths."""
+    torch.manual_seed(0)
+    sizes = {k: v for k, v in SMALL.items() if k in model_class.config.__dataclass_fields__}
+    model = model_class.build_model(model_class.config(**{**sizes, **options}), task()).to(device).eval()
+    source = sentences(LENGTHS, model.encoder.padding_idx, left=True).to(device)
+    with torch.no_grad():  # </s> like what is looked for on average
+        features, _ = model(source, None, source, features_only=True)
+        weight = model.decoder.output_projection.weight
+        weight.mul_(4 / weight.norm(dim=1, keepdim=True))
+        weight[2] = 4 * nn.functional.normalize(features.mean((0, 1)), dim=0)
+    lengths = torch.tensor(LENGTHS, device=device)
+    return model, {"net_input": {"src_tokens": source, "src_lengths": lengths}}
+
+
+def assert_same(model, sample, generate=None, **options):
+    """Both generators find the same hypotheses, in the same order; returns them."""
+    options = {"max_len_b": 12, **options}
+    expected, found = (
+        generator([model], task().target_dictionary, **options).generate([model], sample, **(generate or {}))
+        for generator in (SequenceGenerator, BeamSearchGenerator)
+    )
+    assert [len(beam) for beam in found] == [len(beam) for beam in expected]
+    for theirs, ours in zip(*map(itertools.chain.from_iterable, (expected, found))):
+        assert set(ours) == set(theirs)
+        for name, value in theirs.items():
+            assert ours[name].device == value.device or value.numel() == 0
+            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
+    return found
+
+
+@pytest.mark.parametrize("model_class", [LRNModel, DeepNMTModel])
+@pytest.mark.parametrize("beam_size", [1, 2, 5, 25])
+@pytest.mark.parametrize("device", DEVICES)
+def test_fairseqs_hypotheses(device, beam_size, model_class):
+    found = assert_same(*build(model_class, device), beam_size=beam_size)
+    assert len({len(x["tokens"]) for beam in found for x in beam}) > 1
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"len_penalty": 0.6},
+        {"len_penalty": 3.0, "beam_size": 3},
+        {"normalize_scores": False},
+        {"min_len": 4},
+        {"max_len_a": 0.5, "max_len_b": 2},
+        {"max_len_b": 1},
+        {"max_len": 5},
+    ],
+    ids=str,
+)
+def test_options_of_the_search(options):
+    assert_same(*build(), **{"beam_size": 4, **options})
+
+
+@pytest.mark.parametrize("cell", ["lstm", "sru"])
+def test_other_units(cell):
+    assert_same(*build(cell=cell), beam_size=4)
+
+
+def test_sentences_alone():
+    model, sample = build()
+    for row in sample["net_input"]["src_tokens"].split(1):
+        words = row[row.ne(1)][None]
+        one = {"net_input": {"src_tokens": words, "src_lengths": torch.tensor([words.size(1)])}}
+        assert_same(model, one, beam_size=4)
+
+
+def test_other_first_token():
+    assert_same(*build(), {"bos_token": 7}, beam_size=3)
+
+
+def test_min_len_above_the_longest():
+    model, sample = build()
+    generator = BeamSearchGenerator([model], task().target_dictionary, min_len=9, max_len_b=8)
+    with pytest.raises(ValueError, match="--min-len is 9, but must not be above the longest, 8"):
+        generator.generate([model], sample)
+
+
+@pytest.mark.parametrize(
+    "generate, options",
+    [
+        ({"prefix_tokens": torch.tensor([[9, 5]] * len(LENGTHS))}, {}),
+        ({}, {"temperature": 1.5}),
+        ({}, {"unk_penalty": 3.0}),
+        ({}, {"no_repeat_ngram_size": 1}),
+        ({}, {"tokens_to_suppress": ["w3", "w4"]}),
+        ({}, {"beam_size": 60}),
+    ],
+    ids=str,
+)
+def test_all_else_goes_fairseqs_way(generate, options):
+    assert_same(*build(), generate, **{"beam_size": 3, **options})
+
+
+def test_ensembles_and_sampling_go_fairseqs_way():
+    model, sample = build()
+    dictionary = task().target_dictionary
+    found = []
+    for generator in (SequenceGenerator, BeamSearchGenerator):
+        torch.manual_seed(1)
+        search = Sampling(dictionary)
+        sampled = generator([model], dictionary, beam_size=2, max_len_b=9, search_strategy=search)
+        both = generator([model, build(cell="olrn")[0]], dictionary, beam_size=2, max_len_b=9)
+        found.append([x.generate(None, sample) for x in (sampled, both)])
+    words = [[[x["tokens"].tolist() for beam in beams for x in beam] for beams in one] for one in found]
+    assert words[0] == words[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(run, data, tmp_path_factory):
+    """A small model after some updates, trained with the task and validated by BLEU."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    out = run("fairseq-train", data, *PLUGIN, *FIXED, "--task", "lrn_translation", "--arch", "lrn_tiny",
+              *SMALL_OPTIONS, "--share-all-embeddings", "--optimizer", "adam", "--lr", "0.005", "--seed", 3,
+              "--max-tokens", 400, "--max-update", 12, "--eval-bleu", "--eval-bleu-args", '{"beam": 2}',
+              "--eval-bleu-remove-bpe", "sentencepiece", "--log-format", "simple",
+              "--save-dir", folder)  # fmt: skip
+    assert re.search(r"valid on 'valid' subset .* bleu \d", out)
+    return folder / "checkpoint_last.pt"
+
+
+@pytest.mark.parametrize(
+    "options", ["--beam 3", "--beam 1", "--beam 4 --nbest 4 --lenpen 0.5", "--beam 2 --print-alignment"]
+)
+def test_generate_prints_the_same(run, data, checkpoint, options):
+    printed = []
+    for name in ("translation", "lrn_translation"):
+        out = run("fairseq-generate", data, *PLUGIN, *FIXED, "--task", name, "--path", checkpoint,
+                  "--max-len-b", 20, *options.split())  # fmt: skip
+        printed.append(re.findall(r"^([SHDPA]-\d+)\t(.*)$", out, re.M))
+    assert len(printed[0]) == len(printed[1]) > 0
+    for (kind, theirs), (other, ours) in zip(*printed):
+        assert kind == other
+        for a, b in zip(re.split(r"[\t ]", theirs), re.split(r"[\t ]", ours)):
+            assert a == b or abs(float(a) - float(b)) < 2e-4  # of scores, the last printed digit may differ
+
+
+def test_interactive_prints_the_same(run, data, checkpoint, test_sentences):
+    lines = [*test_sentences, "", "☃ 12"]
+    printed = []
+    for name in ("translation", "lrn_translation"):
+        out = run("fairseq-interactive", data, *PLUGIN, "--cpu", "--task", name, "--path", checkpoint,
+                  "-s", "en", "-t", "de", "--beam", 3, "--max-len-b", 20, "--buffer-size", 9,
+                  "--batch-size", 9,
+                  input="".join(f"{line}\n" for line in lines))  # fmt: skip
+        printed.append(re.findall(r"^D-(\d+)\t\S+\t(.*)$", out, re.M))
+    assert printed[0] == printed[1]
+    assert [int(i) for i, _ in printed[1]] == list(range(len(lines)))
