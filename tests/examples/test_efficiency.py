@@ -1,8 +1,13 @@
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from batches import SMALL_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 EFFICIENCY = ROOT / "examples" / "efficiency"
@@ -79,3 +84,68 @@ def test_units_prints_every_unit_beside_the_paper(tmp_path):
     assert len({one["parameters"] for (one,) in measured.values()}) > 3
     assert all(value >= 0 for (one,) in measured.values() for value in one.values())
     assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.fixture(scope="module")
+def translated(run, data, tmp_path_factory):
+    """A recipe's folder: runs early and late, and as the references what late translates greedily."""
+    work = tmp_path_factory.mktemp("work")
+    plugin = ["--user-dir", ROOT / "fairseq_lrn"]
+    options = (
+        "--arch lrn_tiny --share-all-embeddings --optimizer adam --lr 0.01 --criterion cross_entropy "
+        "--max-tokens 400 --max-update 60 --save-interval-updates 15 --disable-validation --num-workers 0 "
+        "--required-batch-size-multiple 1 --seed 3 --cpu"
+    ).split()
+    run("fairseq-train", data, *plugin, *options, *SMALL_OPTIONS, "--save-dir", work / "all")
+    for folder, checkpoint, updates in (("early", "average10", 15), ("late", "best", 60)):
+        (work / folder).mkdir()
+        (saved,) = (work / "all").glob(f"checkpoint_*_{updates}.pt")
+        shutil.copy(saved, work / folder / f"checkpoint_{checkpoint}.pt")
+    (work / "early" / "checkpoint_best.pt").write_text("The average comes first.")
+    (work / "bin").symlink_to(data)
+    search = "--cpu --beam 1 --remove-bpe sentencepiece --required-batch-size-multiple 1".split()
+    output = run("fairseq-generate", data, *plugin, "--path", work / "late/checkpoint_best.pt", *search)
+    found = {int(number): text for number, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M)}
+    (work / "raw").mkdir()
+    text = "".join(found[number] + "\n" for number in sorted(found))
+    (work / "raw" / "test.de").write_text(text, encoding="utf-8")
+    return work
+
+
+def test_decoding_prints_every_run_and_writes_json(translated, tmp_path):
+    assert len(set((translated / "raw" / "test.de").read_text(encoding="utf-8").splitlines())) > 9
+    options = "--beam 1 --batch-size 1 64 --threads 1 --rounds 1 --json out.json --plot out.png".split()
+    runs = ["late", "early:translation"]
+    run = benchmark([sys.executable, EFFICIENCY / "decoding.py", translated, *runs, *options], tmp_path)
+    assert run.returncode == 0, run.stderr
+
+    measured = json.loads((tmp_path / "out.json").read_text())["measured"]
+    assert [(one["batch_size"], one["run"]) for one in measured] == [
+        (b, run) for b in (1, 64) for run in runs
+    ]
+    results = {(one["batch_size"], one["run"]): one["rounds"][0] for one in measured}
+    assert [result["sentences"] for result in results.values()] == [3, 3, 21, 21]
+    for batch_size in (1, 64):
+        bleu = [results[batch_size, run]["bleu"] for run in runs]
+        assert bleu[0] == pytest.approx(100) and bleu[1] < 90
+    assert all(result["memory"] > 100 for result in results.values())
+
+    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
+    assert [row[0] for row in rows] == ["model", "---", *runs]
+    assert rows[2][1] == "100.0" and rows[2][3] == rows[2][6] == "1.00"
+    for column, batch_size in ((2, 1), (5, 64)):
+        late, early = (results[batch_size, run]["speed"] for run in runs)
+        assert rows[0][column] == f"sentences/s, batch {batch_size}"
+        assert float(rows[3][column]) == pytest.approx(early, abs=0.051)
+        assert float(rows[3][column + 1]) == pytest.approx(early / late, abs=0.0051)
+    assert (tmp_path / "out.png").stat().st_size > 0
+
+
+def test_decoding_names_the_run_that_fails(translated, tmp_path):
+    options = "--beam 1 --batch-size 64 --threads 1 --rounds 1".split()
+    runs = ["late:unheard_of", "early"]
+    run = benchmark([sys.executable, EFFICIENCY / "decoding.py", translated, *runs, *options], tmp_path)
+    assert run.returncode == 1
+    assert "late:unheard_of: fairseq-generate failed:" in run.stderr
+    assert "invalid choice: 'unheard_of'" in run.stderr
+    assert "Traceback" not in run.stderr

@@ -1,0 +1,186 @@
+"""Compare how fast trained models translate on the CPU, by fairseq-generate.
+
+    python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
+
+WORK is what a recipe of examples/translation wrote. RUN is the folder of a training in it, or RUN:TASK to
+translate with another task than `translation`. The runs take turns; each measurement is a process of its own.
+"""
+
+import argparse
+import json
+import logging
+import os
+import platform
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+import fairseq
+import torch
+from sacrebleu import corpus_bleu
+
+import fairseq_lrn
+
+Key = Tuple[int, int, int, str]  # threads, beam, batch size, run
+
+
+def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> Dict[str, float]:
+    """Translate the test set, or every eighth sentence one by one.
+
+    Returns:
+        sentences (how many), their speed (sentences a second, without loading) and bleu, and memory (MiB, the
+        peak of the process)
+
+    Raises:
+        SystemExit: the run has no checkpoint, or fairseq-generate fails
+    """
+    folder, _, task = run.partition(":")
+    checkpoint = work / folder / "checkpoint_average10.pt"
+    if not checkpoint.exists():
+        checkpoint = checkpoint.with_name("checkpoint_best.pt")
+    if not checkpoint.exists():
+        sys.exit(f"{run}: no {checkpoint}")
+    indices = sorted((work / "bin").glob("test.*-*.*.idx"))
+    if not indices:
+        sys.exit(f"no test set in {work / 'bin'}")
+    source, target = indices[0].name.split(".")[1].split("-")
+    words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
+    words += ["--user-dir", Path(fairseq_lrn.__file__).parent, "--task", task or "translation"]
+    words += ["-s", source, "-t", target, "--path", checkpoint, "--beam", beam, "--batch-size", batch_size]
+    words += ["--required-batch-size-multiple", 1, "--remove-bpe", "sentencepiece"]
+    if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
+        words += ["--distributed-world-size", 8]
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        # as in ../recipe.sh
+        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_TRIM_THRESHOLD_": "1000000000000",
+    }
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen([str(word) for word in words], stdout=out, stderr=err, env=environment)
+        # The peak is at least this script's own; fairseq-generate imports all that this does, and more.
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = status  # or Popen would wait for it again
+        output, messages = (file.seek(0) or file.read().decode("utf-8") for file in (out, err))
+    # the log is on either, as fairseq's version has it
+    speed = re.search(r"([\d.]+) sentences/s", messages + output)
+    if status != 0 or speed is None:
+        sys.exit(f"{run}: fairseq-generate failed:\n{(output + messages)[-2000:]}")
+
+    lines = (line[2:].split("\t", 2) for line in output.split("\n") if line.startswith("D-"))
+    translations = {int(number): text for number, _, text in lines}
+    references = (work / "raw" / f"test.{target}").read_text(encoding="utf-8").split("\n")[:-1]
+    if batch_size > 1 and len(translations) != len(references):
+        sys.exit(f"{run}: {len(translations)} translations of {len(references)} sentences")
+    numbers = sorted(translations)
+    bleu = corpus_bleu([translations[i] for i in numbers], [[references[i] for i in numbers]])
+    return {
+        "sentences": len(translations),
+        "speed": float(speed.group(1)),
+        "memory": usage.ru_maxrss / 1024,
+        "bleu": bleu.score,
+    }
+
+
+def table(medians: Dict[Key, Dict[str, float]], threads: int, beam: int) -> str:
+    """Markdown: a row a run; BLEU, and for each batch size speed, its ratio to the first run's, memory."""
+    keys = [key for key in medians if key[:2] == (threads, beam)]
+    batch_sizes, runs = (list(dict.fromkeys(key[i] for key in keys)) for i in (2, 3))
+    header = ["model", "BLEU"]
+    for batch_size in batch_sizes:
+        header += [f"sentences/s, batch {batch_size}", f"÷ {runs[0]}", "memory MiB"]
+    rows = [header, ["---"] * len(header)]
+    for run in runs:
+        row = [run, f"{medians[threads, beam, max(batch_sizes), run]['bleu']:.1f}"]
+        for batch_size in batch_sizes:
+            first, result = (medians[threads, beam, batch_size, name] for name in (runs[0], run))
+            ratio = result["speed"] / first["speed"]
+            row += [f"{result['speed']:.1f}", f"{ratio:.2f}", f"{result['memory']:.0f}"]
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def plot(medians: Dict[Key, Dict[str, float]], path: Path) -> None:
+    """Draw BLEU against speed, with the first number of threads; a panel for each beam and batch size."""
+    logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes every logger tell all
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    threads, beams, batch_sizes, runs = (list(dict.fromkeys(values)) for values in zip(*medians))
+    size = (4.5 * len(batch_sizes), 3.2 * len(beams))
+    figure, axes = pyplot.subplots(
+        len(beams), len(batch_sizes), figsize=size, squeeze=False, layout="constrained"
+    )
+    for row, beam in zip(axes, beams):
+        for panel, batch_size in zip(row, batch_sizes):
+            for run in runs:
+                speed = medians[threads[0], beam, batch_size, run]["speed"]
+                bleu = medians[threads[0], beam, max(batch_sizes), run]["bleu"]
+                panel.scatter(speed, bleu)
+                panel.annotate(
+                    run, (speed, bleu), (0, 5), textcoords="offset points", ha="center", fontsize=7
+                )
+            panel.set(title=f"beam {beam}, batch {batch_size}", xlabel="sentences/s", ylabel="BLEU")
+            panel.set_xscale("log")
+            # a logarithmic axis' own labels overlap where speeds are close
+            panel.xaxis.set_major_locator(pyplot.MaxNLocator(5))
+            panel.xaxis.set_major_formatter("{x:g}")
+            panel.xaxis.set_minor_locator(pyplot.NullLocator())
+            panel.margins(0.25)
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Read the command line, let each run translate in its turn, print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("work", type=Path, metavar="WORK", help="folder that a translation recipe wrote")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder in WORK, or RUN:TASK")
+    parser.add_argument("--beam", type=int, nargs="+", default=[5, 1])
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 128])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each run, of which medians are shown")
+    parser.add_argument("--json", type=Path, help="file for every measurement")
+    parser.add_argument("--plot", type=Path, help="file for a picture of BLEU against speed")
+    args = parser.parse_args()
+
+    grid = [(t, k, b) for t in args.threads for k in args.beam for b in args.batch_size]
+    measured: Dict[Key, List[Dict[str, float]]] = {(*point, run): [] for point in grid for run in args.runs}
+    for i in range(args.rounds):
+        first = i % len(args.runs)
+        for threads, beam, batch_size in grid:
+            for run in args.runs[first:] + args.runs[:first]:
+                settings = f"threads {threads}, beam {beam}, batch {batch_size}"
+                print(f"round {i + 1} of {args.rounds}: {settings}: {run}", file=sys.stderr, flush=True)
+                result = measure(args.work, threads, beam, batch_size, run)
+                measured[threads, beam, batch_size, run].append(result)
+    medians = {
+        key: {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        for key, rounds in measured.items()
+    }
+    environment = {
+        "machine": platform.processor() or platform.machine(),
+        "torch": torch.__version__,
+        "fairseq": fairseq.__version__,
+        "rounds": args.rounds,
+    }
+    print(json.dumps(environment))
+    for threads in args.threads:
+        for beam in args.beam:
+            print(f"\nthreads {threads}, beam {beam}\n\n{table(medians, threads, beam)}")
+    if args.json:
+        names = ("threads", "beam", "batch_size", "run")
+        every = [{**dict(zip(names, key)), "rounds": rounds} for key, rounds in measured.items()]
+        args.json.write_text(json.dumps({"environment": environment, "measured": every}, indent=1))
+    if args.plot:
+        plot(medians, args.plot)
+
+
+if __name__ == "__main__":
+    main()
