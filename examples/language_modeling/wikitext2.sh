@@ -58,11 +58,14 @@ prepare() {
 }
 
 train() {  # train CELL
+  local activation=tanh
+  [[ $1 != *lrn ]] || activation=identity
   fairseq-train "$work/bin" --user-dir "$user_dir" --task truncated_bptt_lm --arch lrn_lm --cell "$1" \
+    --cell-activation $activation \
     --decoder-embed-dim 192 --decoder-hidden-size 192 --decoder-layers 2 --dropout 0.4 --embed-dropout 0.1 \
     --criterion adaptive_loss --adaptive-softmax-cutoff 2000,6000 --adaptive-softmax-dropout 0.2 \
     --ddp-backend legacy_ddp \
-    --optimizer adam --lr 0.003 --force-anneal 4 --lr-shrink 0.5 --clip-norm 0.25 \
+    --optimizer adam --lr 0.002 --force-anneal 4 --lr-shrink 0.5 --clip-norm 0.25 \
     --tokens-per-sample 35 --batch-size 20 --max-epoch "$max_epoch" --seed 1 \
     --save-dir "$work/$1" --no-epoch-checkpoints --num-workers 0 --log-format simple --log-interval 20 \
     "${extra[@]}" | tee -a "$work/$1/train.log"
