@@ -99,7 +99,7 @@ def pick_sentences(new_order: Tensor, rows: int, sentences: int) -> Optional[Ten
     beams = rows // sentences
     picked = torch.div(new_order, beams, rounding_mode="floor")
     if beams == 1:
-        beams = new_order.size(0) // sentences
+        beams = max(new_order.size(0) // sentences, 1)
         same = torch.arange(sentences, device=new_order.device).repeat_interleave(beams)
         return None if torch.equal(picked, same) else picked
     if new_order.size(0) % beams == 0:
