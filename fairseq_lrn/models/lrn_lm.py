@@ -21,7 +21,6 @@ from .base import (
     check_positive,
     find_padding,
 )
-from .lrn_decoder import LRNDecoder
 
 
 @dataclass
@@ -176,7 +175,13 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
         return features if self.output_projection is None else self.output_projection(features)
 
-    reorder_incremental_state = LRNDecoder.reorder_incremental_state
+    def reorder_incremental_state(
+        self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
+    ) -> None:
+        """Follow the beam: pick the states of the hypotheses ``new_order`` (B')."""
+        saved = self.get_incremental_state(incremental_state, "states")
+        if saved is not None:
+            saved["states"] = saved["states"].index_select(1, new_order)
 
 
 @register_model("lrn_lm", dataclass=LRNLanguageModelConfig)
