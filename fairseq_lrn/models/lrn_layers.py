@@ -88,7 +88,7 @@ class EncoderAttention(nn.Module):
         Returns:
             what was found, (T, N, C), and weights (heads, N, T, S) or None
         """
-        keys, values = keys_values[0], keys_values[1]
+        keys, values = keys_values.unbind(0)
         steps, rows, sentences = x.size(0), x.size(1), keys.size(0)
         # (T, N, C) to (B, heads, N / B * T, head_dim)
         query = self.q_proj(x).view(steps, sentences, rows // sentences, -1, self.head_dim)
@@ -108,7 +108,7 @@ class EncoderAttention(nn.Module):
             active = self.training or self.dropout_module.apply_during_inference
             dropout = self.dropout_module.p if active else 0.0
             y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
-        y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).flatten(3).flatten(1, 2)
+        y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
         return self.out_proj(y), weights
 
 
