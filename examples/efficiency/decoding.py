@@ -123,17 +123,15 @@ def plot(medians: Dict[Key, Dict[str, float]], path: Path) -> None:
             for run in runs:
                 speed = medians[threads[0], beam, batch_size, run]["speed"]
                 bleu = medians[threads[0], beam, max(batch_sizes), run]["bleu"]
-                panel.scatter(speed, bleu)
-                panel.annotate(
-                    run, (speed, bleu), (0, 5), textcoords="offset points", ha="center", fontsize=7
-                )
+                panel.scatter(speed, bleu, label=run)
             panel.set(title=f"beam {beam}, batch {batch_size}", xlabel="sentences/s", ylabel="BLEU")
             panel.set_xscale("log")
             # a logarithmic axis' own labels overlap where speeds are close
             panel.xaxis.set_major_locator(pyplot.MaxNLocator(5))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_locator(pyplot.NullLocator())
-            panel.margins(0.25)
+            panel.margins(0.1)
+    axes[0][0].legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
 
