@@ -6,11 +6,13 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <functional>
 #include <limits>
 #include <utility>
 #include <vector>
 
 #include "isa.h"
+#include "lrn.h"
 #include "lrn_cell.h"
 
 namespace {
@@ -122,7 +124,7 @@ std::tuple<Tensor, Tensor> top_cpu(const Tensor& scores, int64_t k, at::IntArray
               "log_softmax_topk: scores must be a float32 matrix");
   TORCH_CHECK(k > 0 && k + static_cast<int64_t>(exclude.size()) <= scores.size(1),
               "log_softmax_topk: k does not fit scores");
-  const Tensor input = scores.stride(1) == 1 ? scores : scores.contiguous();
+  const Tensor input = lrn::rows_contiguous(scores);
   const Tensor values = at::empty({input.size(0), k}, input.options());
   const Tensor indices = at::empty({input.size(0), k}, input.options().dtype(at::kLong));
   const Arguments a{input.data_ptr<float>(),

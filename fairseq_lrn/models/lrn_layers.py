@@ -93,20 +93,20 @@ class EncoderAttention(nn.Module):
         # (T, N, C) to (B, heads, N / B * T, head_dim)
         query = self.q_proj(x).view(steps, sentences, rows // sentences, -1, self.head_dim)
         query = query.permute(1, 3, 2, 0, 4).flatten(2, 3)
-        mask: Optional[Tensor] = None
         if padding_mask is not None:
-            mask = padding_mask.logical_not()[:, None, None]
+            padding_mask = padding_mask[:, None, None]
         weights: Optional[Tensor] = None
         if need_weights:
             scores = torch.matmul(query * self.head_dim**-0.5, keys.transpose(2, 3))
-            if mask is not None:
-                scores = scores.masked_fill(mask.logical_not(), float("-inf"))
+            if padding_mask is not None:
+                scores = scores.masked_fill(padding_mask, float("-inf"))
             weights = scores.softmax(3)
             y = torch.matmul(self.dropout_module(weights), values)
             weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
         else:
             active = self.training or self.dropout_module.apply_during_inference
             dropout = self.dropout_module.p if active else 0.0
+            mask = None if padding_mask is None else padding_mask.logical_not()
             y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
         y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
         return self.out_proj(y), weights
