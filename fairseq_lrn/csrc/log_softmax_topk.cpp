@@ -48,22 +48,17 @@ LRN_HD void class_maxima(const float* __restrict row, int64_t size, float* __res
   }
 }
 
-LRN_HD float exp(float x) {
-  const lrn::SplitExp e = lrn::split_exp(lrn::clamp(x, -87.0f, 0.0f));
-  return e.scale * e.fraction + e.scale;
-}
-
 LRN_HD float sum_of_exp(const float* __restrict row, int64_t size, float maximum) {
   float sums[kLanes] = {};
   int64_t j = 0;
   for (; j + kLanes <= size; j += kLanes) {
     for (int64_t lane = 0; lane < kLanes; ++lane) {
-      sums[lane] += exp(row[j + lane] - maximum);
+      sums[lane] += lrn::exp_of_negative(row[j + lane] - maximum);
     }
   }
   float sum = 0;
   for (; j < size; ++j) {
-    sum += exp(row[j] - maximum);
+    sum += lrn::exp_of_negative(row[j] - maximum);
   }
   for (const float lane : sums) {
     sum += lane;

@@ -7,22 +7,24 @@
 #include <torch/csrc/autograd/custom_function.h>
 #include <torch/library.h>
 
-namespace {
-
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
-using torch::autograd::AutogradContext;
-using torch::autograd::variable_list;
 
-Tensor scan(const Tensor& projections, const OptionalTensor& initial_state,
-            const OptionalTensor& padding_mask, const std::string& activation, bool output_gate,
-            bool reverse, bool bidirectional) {
+Tensor lrn::scan(const Tensor& projections, const OptionalTensor& initial_state,
+                 const OptionalTensor& padding_mask, const std::string& activation,
+                 bool output_gate, bool reverse, bool bidirectional) {
   static const auto op = c10::Dispatcher::singleton()
                              .findSchemaOrThrow("fairseq_lrn::lrn_scan", "")
-                             .typed<decltype(scan)>();
+                             .typed<decltype(lrn::scan)>();
   return op.call(projections, initial_state, padding_mask, activation, output_gate, reverse,
                  bidirectional);
 }
+
+namespace {
+
+using lrn::scan;
+using torch::autograd::AutogradContext;
+using torch::autograd::variable_list;
 
 std::tuple<Tensor, Tensor> scan_backward(const Tensor& grad_output, const Tensor& projections,
                                          const Tensor& output, const OptionalTensor& initial_state,

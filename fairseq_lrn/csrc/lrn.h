@@ -62,6 +62,11 @@ inline void check_states(const at::Tensor& grad_output, const at::Tensor& output
   }
 }
 
+// The operator lrn_scan, on whatever device its tensors are.
+at::Tensor scan(const at::Tensor& projections, const std::optional<at::Tensor>& initial_state,
+                const std::optional<at::Tensor>& padding_mask, const std::string& activation,
+                bool output_gate, bool reverse, bool bidirectional);
+
 // Kernels take any strides but that of the last axis.
 inline at::Tensor rows_contiguous(const at::Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();

@@ -54,6 +54,12 @@ LRN_HD float clamp(float x, float low, float high) {
   return x > high ? high : x;
 }
 
+// exp(x) for x <= 0, but at least exp(-87).
+LRN_HD float exp_of_negative(float x) {
+  const SplitExp e = split_exp(clamp(x, -87.0f, 0.0f));
+  return e.scale * e.fraction + e.scale;
+}
+
 LRN_HD float sigmoid(float x) {
   const SplitExp e = split_exp(clamp(-x, -87.0f, 89.0f));
   return 1.0f / (1.0f + (e.scale * e.fraction + e.scale));

@@ -1,9 +1,10 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-from typing import Callable, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import Linear
@@ -12,7 +13,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
-from ..modules import build_recurrent
+from ..modules import LRN, build_recurrent
+from ..ops._library import loaded
 
 
 def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:
@@ -137,6 +139,8 @@ class LRNEncoderLayer(nn.Module):
 class LRNDecoderLayer(nn.Module):
     """A recurrence, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
 
+    __jit_ignored_attributes__ = ("_step_parameters",)
+
     def __init__(self, cfg):
         super().__init__()
         embed_dim = cfg.decoder_embed_dim
@@ -148,6 +152,17 @@ class LRNDecoderLayer(nn.Module):
         self.encoder_attn = EncoderAttention(cfg)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.decoder_ffn_embed_dim, cfg)
+        self._step_parameters: Optional[List[Tensor]] = None
+
+    def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
+        """As fairseq calls it before it translates: from now on a step may be one C++ operator.
+
+        It knows LRN and oLRN, plain linear layers with ReLU between them, and no dropout.
+        """
+        parameters = list(self.parameters())
+        plain = isinstance(self.rnn, LRN) and self.ffn.activation_fn is F.relu and len(parameters) == 22
+        if loaded and plain and not retain_dropout:
+            self._step_parameters = parameters
 
     def forward(
         self,
@@ -174,6 +189,19 @@ class LRNDecoderLayer(nn.Module):
             output (T, N, C), state after the last step, keys and values, and attention weights
             (heads, N, T, S) or None
         """
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
+            if state is not None and keys_values is not None and self._is_plain_step(x, state, keys_values):
+                x, state, attn = torch.ops.fairseq_lrn.lrn_decoder_step(
+                    x,
+                    state,
+                    keys_values,
+                    encoder_padding_mask,
+                    self._step_parameters,
+                    activation=self.rnn.activation,
+                    output_gate=self.rnn.output_gate,
+                    need_weights=need_attn,
+                )
+                return x, state, keys_values, attn
         y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
         if keys_values is None:
@@ -184,3 +212,13 @@ class LRNDecoderLayer(nn.Module):
         x = x + self.dropout_module(y)
         x = x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
         return x, state, keys_values, attn
+
+    def _is_plain_step(self, *tensors: Tensor) -> bool:
+        """Whether the operator's kernel fits: one position a hypothesis, float32 on the CPU, no gradient."""
+        return (
+            self._step_parameters is not None
+            and tensors[0].size(0) == 1
+            and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
