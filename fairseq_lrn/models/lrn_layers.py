@@ -114,8 +114,39 @@ class EncoderAttention(nn.Module):
         return self.out_proj(y), weights
 
 
-class LRNEncoderLayer(nn.Module):
+class Layer(nn.Module):
+    """A block that is one C++ operator while it translates on the CPU.
+
+    The operator knows LRN and oLRN, plain linear layers with ReLU between them, and neither dropout nor
+    gradients; ``forward`` is what defines it, and all else.
+    """
+
+    __jit_ignored_attributes__ = ("_operands",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._operands: Optional[List[Tensor]] = None
+
+    def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
+        """As fairseq calls it before it translates: use the operator from now on, where it fits."""
+        parameters = list(self.parameters())
+        plain = isinstance(self.rnn, LRN) and self.ffn.activation_fn is F.relu and not retain_dropout
+        if loaded and plain and len(parameters) == self.num_parameters:
+            self._operands = parameters
+
+    def _has_operator(self, *tensors: Tensor) -> bool:
+        return (
+            self._operands is not None
+            and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+            and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling()
+        )
+
+
+class LRNEncoderLayer(Layer):
     """A bidirectional recurrence and a feed-forward block, each x + dropout(f(norm(x)))."""
+
+    num_parameters = 12
 
     def __init__(self, cfg):
         super().__init__()
@@ -131,15 +162,24 @@ class LRNEncoderLayer(nn.Module):
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """Map (T, B, C) to (T, B, C); padding_mask (B, T) is True at padding."""
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
+            if self._has_operator(x):
+                return torch.ops.fairseq_lrn.lrn_encoder_layer(
+                    x,
+                    padding_mask,
+                    self._operands,
+                    activation=self.rnn.activation,
+                    output_gate=self.rnn.output_gate,
+                )
         y, _ = self.rnn(self.rnn_layer_norm(x), None, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
         return x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
 
 
-class LRNDecoderLayer(nn.Module):
+class LRNDecoderLayer(Layer):
     """A recurrence, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
 
-    __jit_ignored_attributes__ = ("_step_parameters",)
+    num_parameters = 22
 
     def __init__(self, cfg):
         super().__init__()
@@ -152,17 +192,6 @@ class LRNDecoderLayer(nn.Module):
         self.encoder_attn = EncoderAttention(cfg)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
         self.ffn = FeedForward(embed_dim, cfg.decoder_ffn_embed_dim, cfg)
-        self._step_parameters: Optional[List[Tensor]] = None
-
-    def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
-        """As fairseq calls it before it translates: from now on a step may be one C++ operator.
-
-        It knows LRN and oLRN, plain linear layers with ReLU between them, and no dropout.
-        """
-        parameters = list(self.parameters())
-        plain = isinstance(self.rnn, LRN) and self.ffn.activation_fn is F.relu and len(parameters) == 22
-        if loaded and plain and not retain_dropout:
-            self._step_parameters = parameters
 
     def forward(
         self,
@@ -189,14 +218,15 @@ class LRNDecoderLayer(nn.Module):
             output (T, N, C), state after the last step, keys and values, and attention weights
             (heads, N, T, S) or None
         """
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
-            if state is not None and keys_values is not None and self._is_plain_step(x, state, keys_values):
+        if not torch.jit.is_scripting():
+            known = state is not None and keys_values is not None and x.size(0) == 1
+            if known and self._has_operator(x, state, keys_values):
                 x, state, attn = torch.ops.fairseq_lrn.lrn_decoder_step(
                     x,
                     state,
                     keys_values,
                     encoder_padding_mask,
-                    self._step_parameters,
+                    self._operands,
                     activation=self.rnn.activation,
                     output_gate=self.rnn.output_gate,
                     need_weights=need_attn,
@@ -212,13 +242,3 @@ class LRNDecoderLayer(nn.Module):
         x = x + self.dropout_module(y)
         x = x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
         return x, state, keys_values, attn
-
-    def _is_plain_step(self, *tensors: Tensor) -> bool:
-        """Whether the operator's kernel fits: one position a hypothesis, float32 on the CPU, no gradient."""
-        return (
-            self._step_parameters is not None
-            and tensors[0].size(0) == 1
-            and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        )

@@ -1,4 +1,4 @@
-"""A decoder layer's step in one operator, against the layer's own definition."""
+"""Layers in one operator, against their own definition."""
 
 import os
 import subprocess
@@ -10,52 +10,54 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_lrn.models.lrn import LRNConfig
-from fairseq_lrn.models.lrn_layers import LRNDecoderLayer
+from fairseq_lrn.models.lrn_layers import LRNDecoderLayer, LRNEncoderLayer
 
+LAYERS = [LRNEncoderLayer, LRNDecoderLayer]
 # sentences and their hypotheses: up to eight rows have a kernel each, more have the BLAS
 ROWS = [(1, 1), (2, 1), (1, 3), (2, 2), (5, 1), (3, 2), (1, 7), (2, 4), (3, 3), (70, 1)]
 
 
-def build(heads=2, head_dim=4, ffn_embed_dim=12, seed=0, **options):
+def build(kind, heads=2, head_dim=4, ffn_embed_dim=12, seed=0, **options):
     torch.manual_seed(seed)
-    cfg = LRNConfig(
-        encoder_embed_dim=6,
-        decoder_embed_dim=heads * head_dim,
-        decoder_ffn_embed_dim=ffn_embed_dim,
-        decoder_attention_heads=heads,
-        **options,
-    )
-    layer = LRNDecoderLayer(cfg).eval()
+    sizes = {f"{side}_embed_dim": heads * head_dim for side in ("encoder", "decoder")}
+    sizes.update({f"{side}_ffn_embed_dim": ffn_embed_dim for side in ("encoder", "decoder")})
+    layer = kind(LRNConfig(**sizes, decoder_attention_heads=heads, **options)).eval()
     with torch.no_grad():
         for parameter in layer.parameters():  # biases and normalisation too
-            parameter.add_(torch.randn_like(parameter) / 4)
+            parameter.add_(torch.randn_like(parameter) / 8)
     return layer
 
 
-def inputs(layer, sentences=2, beams=3, length=5, padding=1):
-    """Arguments of the layer for one step; the last sentence ends with padding."""
+def inputs(layer, sentences=2, beams=3, length=5, padding=1, need_attn=True):
+    """Arguments of the layer, the decoder's for one step; the last sentence ends with padding."""
     width = layer.out_proj.out_features
     mask = None
     if padding > 0:
         mask = torch.zeros(sentences, length, dtype=torch.bool)
         mask[-1, length - padding :] = True
+    encoder_x = torch.randn(length, sentences, width)
+    if isinstance(layer, LRNEncoderLayer):
+        return [encoder_x, mask]
     with torch.no_grad():
-        keys_values = layer.encoder_attn.project(torch.randn(length, sentences, 6))
+        keys_values = layer.encoder_attn.project(encoder_x)
     x, state = torch.randn(1, sentences * beams, width), torch.randn(1, sentences * beams, width).tanh()
-    return x, torch.empty(length, sentences, 6), mask, state, None, keys_values
+    return [x, encoder_x, mask, state, None, keys_values, need_attn]
 
 
-def calls(layer, arguments, need_attn=True):
-    """Results of the layer, and whether they come from the operator."""
+def uses_operator(layer, arguments):
+    """Whether the layer's results come from its operator."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
-        results = layer(*arguments, need_attn)
-    return results, any(event.name == "fairseq_lrn::lrn_decoder_step" for event in profile.events())
+        layer(*arguments)
+    operators = ("fairseq_lrn::lrn_encoder_layer", "fairseq_lrn::lrn_decoder_step")
+    return any(event.name in operators for event in profile.events())
 
 
+@pytest.mark.parametrize("kind", LAYERS)
 @settings(deadline=None)
 @given(st.data())
-def test_operator_equals_the_layer(data):
+def test_operator_equals_the_layer(kind, data):
     layer = build(
+        kind,
         heads=data.draw(st.integers(1, 4)),
         head_dim=data.draw(st.sampled_from([1, 3, 8, 16, 31])),  # of kernels with 16 lanes
         ffn_embed_dim=data.draw(st.sampled_from([1, 15, 16, 33])),
@@ -65,18 +67,14 @@ def test_operator_equals_the_layer(data):
     )
     length = data.draw(st.integers(1, 40))
     sentences, beams = data.draw(st.sampled_from(ROWS))
-    arguments = inputs(layer, sentences, beams, length, data.draw(st.integers(0, length - 1)))
-    need_attn = data.draw(st.booleans())
+    padding, need_attn = data.draw(st.integers(0, length - 1)), data.draw(st.booleans())
+    arguments = inputs(layer, sentences, beams, length, padding, need_attn)
     with torch.no_grad():
-        expected = layer(*arguments, need_attn)
+        expected = layer(*arguments)
         layer.make_generation_fast_()
-        found = layer(*arguments, need_attn)
-    assert found[2] is arguments[5]
-    for ours, theirs in zip(found, expected):
-        if theirs is None:
-            assert ours is None
-        else:
-            torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+        assert layer._operands is not None
+        found = layer(*arguments)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
@@ -91,21 +89,28 @@ def test_instruction_sets(capability):
 
 
 @pytest.mark.parametrize("cell", ["lrn", "olrn"])
-def test_fairseqs_call_before_translating_switches_to_the_operator(cell):
-    layer = build(cell=cell)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_fairseqs_call_before_translating_switches_to_the_operator(kind, cell):
+    layer = build(kind, cell=cell)
     arguments = inputs(layer)
     with torch.no_grad():
-        assert not calls(layer, arguments)[1]
-        layer.make_generation_fast_(name="decoder.layers.0", need_attn=True)
-        assert calls(layer, arguments)[1]
-        assert not calls(layer, (*arguments[:5], None))[1]  # the first step, before there are keys
-        assert not calls(
-            layer.double(), [x if x is None or x.dtype == torch.bool else x.double() for x in arguments]
-        )[1]
-    layer.float()
-    x, _, _, _ = calls(layer, arguments)[0]
-    x.sum().backward()  # with gradients it is the layer's own
-    assert layer.out_proj.weight.grad is not None
+        assert not uses_operator(layer, arguments)
+        layer.make_generation_fast_(name="layers.0", need_attn=True)
+        assert uses_operator(layer, arguments)
+    assert not uses_operator(layer, arguments)  # with gradients
+    with torch.no_grad():
+        layer.double()
+        doubles = [x.double() if torch.is_tensor(x) and x.is_floating_point() else x for x in arguments]
+        assert not uses_operator(layer, doubles)
+
+
+def test_first_step_has_no_keys():
+    layer = build(LRNDecoderLayer)
+    layer.make_generation_fast_()
+    arguments = inputs(layer, beams=1)
+    arguments[5] = None
+    with torch.no_grad():
+        assert not uses_operator(layer, arguments)
 
 
 @pytest.mark.parametrize(
@@ -113,24 +118,36 @@ def test_fairseqs_call_before_translating_switches_to_the_operator(cell):
     [({"cell": "gru"}, {}), ({"activation_fn": "gelu"}, {}), ({}, {"retain_dropout": True})],
     ids=str,
 )
-def test_what_the_operator_does_not_know_is_the_layers_own(options, call):
-    layer = build(**options)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_what_the_operator_does_not_know_is_the_layers_own(kind, options, call):
+    layer = build(kind, **options)
     layer.make_generation_fast_(**call)
     with torch.no_grad():
-        assert not calls(layer, inputs(layer))[1]
+        assert not uses_operator(layer, inputs(layer))
 
 
-def test_other_layers_in_the_place_of_linear_ones_are_kept():
-    layer = build()
-    layer.out_proj = torch.nn.Linear(8, 8, bias=False)
+@pytest.mark.parametrize("kind", LAYERS)
+def test_other_layers_in_the_place_of_linear_ones_are_kept(kind):
+    layer = build(kind)
+    layer.out_proj = torch.nn.Linear(layer.out_proj.in_features, layer.out_proj.out_features, bias=False)
     layer.make_generation_fast_()
     with torch.no_grad():
-        assert not calls(layer, inputs(layer))[1]
+        assert not uses_operator(layer, inputs(layer))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_strides(kind):
+    layer = build(kind)
+    layer.make_generation_fast_()
+    arguments = inputs(layer)
+    strided = [x.mT.contiguous().mT if torch.is_tensor(x) else x for x in arguments]
+    with torch.no_grad():
+        torch.testing.assert_close(layer(*strided), layer(*arguments))
 
 
 def test_bad_input_is_refused():
-    layer = build()
-    x, _, mask, state, _, keys_values = inputs(layer)
+    layer = build(LRNDecoderLayer)
+    x, _, mask, state, _, keys_values, _ = inputs(layer)
     parameters = [p.detach() for p in layer.parameters()]
 
     def run(x=x, state=state, keys_values=keys_values, mask=mask, parameters=parameters):
@@ -146,7 +163,6 @@ def test_bad_input_is_refused():
         {"state": state[0]},
         {"keys_values": keys_values[0]},
         {"keys_values": keys_values[..., :-1]},
-        {"keys_values": keys_values.transpose(2, 3).contiguous().transpose(2, 3)},
         {"mask": mask[:, :-1]},
         {"mask": mask.float()},
         {"parameters": parameters[:-1]},

@@ -1,6 +1,6 @@
-// A decoding step of a layer of the model lrn on the CPU, as LRNDecoderLayer.forward defines it, in
-// one call. For one sentence, the calls of PyTorch's operators from Python take several times as
-// long as their arithmetic.
+// The blocks of the model lrn on the CPU while it translates, each in one call; they are defined by
+// LRNEncoderLayer and LRNDecoderLayer (fairseq_lrn/models/lrn_layers.py). For one sentence, calling
+// PyTorch's operators from Python takes several times as long as their arithmetic.
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
@@ -24,22 +24,6 @@ using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kFewRows = 8;      // for more the BLAS is faster
 constexpr int64_t kGrain = 1 << 20;  // multiplications worth a thread
-
-// In the order of LRNDecoderLayer.parameters(); each is a weight, and a bias after it.
-enum Parameter {
-  kRnnNorm = 0,
-  kRnn = 2,
-  kRnnOut = 4,
-  kAttentionNorm = 6,
-  kKeys = 8,
-  kValues = 10,
-  kQuery = 12,
-  kAttentionOut = 14,
-  kFinalNorm = 16,
-  kInner = 18,
-  kOuter = 20,
-  kParameters = 22,
-};
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector passes between functions: they are inlined
 constexpr int64_t kLanes = 16;
@@ -216,76 +200,115 @@ LRN_HD void attend(const Attention& a, int64_t begin, int64_t end) {
 LRN_EACH_ISA(ENTRIES)
 
 const float* data(const Tensor& x) {
-  TORCH_CHECK(x.is_contiguous(), "lrn_decoder_step: tensors must be contiguous");
+  TORCH_CHECK(x.is_contiguous(), "lrn_layers: tensors must be contiguous");
   return x.const_data_ptr<float>();  // raises for other types
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  const int64_t rows = x.size(1), in = x.size(2), out = bias.numel();
-  TORCH_CHECK(weight.sizes() == at::IntArrayRef({out, in}),
-              "lrn_decoder_step: parameters do not fit input");
-  if (rows > kFewRows) {
-    return at::linear(x, weight, bias);
+const bool* data(const OptionalTensor& mask) {
+  return mask ? mask->const_data_ptr<bool>() : nullptr;
+}
+
+// A block's parameters() in their order, a weight and its bias after each other, applied to (T, B,
+// C).
+class Layer {
+ public:
+  Layer(at::TensorList parameters, size_t count) : parameters_(parameters) {
+    TORCH_CHECK(parameters.size() == count, "lrn_layers: there must be ", count, " parameters");
   }
-  const Tensor y = at::empty({1, rows, out}, x.options());
-  const Linear a{data(x), data(weight), data(bias), y.data_ptr<float>(), rows, in, out};
-  at::parallel_for(0, out, 1 + kGrain / (rows * in),
-                   [&](int64_t begin, int64_t end) { LRN_PICK(linear, )(a, begin, end); });
-  return y;
+
+  Tensor linear(const Tensor& x, int parameter) const {
+    const Tensor &weight = parameters_[parameter], &bias = parameters_[parameter + 1];
+    const int64_t in = x.size(2), rows = x.size(0) * x.size(1), out = bias.numel();
+    TORCH_CHECK(weight.sizes() == at::IntArrayRef({out, in}),
+                "lrn_layers: parameters do not fit input");
+    if (rows == 0 || rows > kFewRows) {
+      return at::linear(x, weight, bias);
+    }
+    const Tensor y = at::empty({x.size(0), x.size(1), out}, x.options());
+    const Linear a{data(x), data(weight), data(bias), y.data_ptr<float>(), rows, in, out};
+    at::parallel_for(0, out, 1 + kGrain / (rows * in),
+                     [&](int64_t begin, int64_t end) { LRN_PICK(linear, )(a, begin, end); });
+    return y;
+  }
+
+  Tensor norm(const Tensor& x, int parameter) const {
+    const Tensor &weight = parameters_[parameter], &bias = parameters_[parameter + 1];
+    TORCH_CHECK(weight.numel() == x.size(2) && bias.numel() == x.size(2),
+                "lrn_layers: parameters do not fit input");
+    const Tensor y = at::empty(x.sizes(), x.options());
+    const Norm a{data(x), data(weight), data(bias), y.data_ptr<float>(), x.size(2)};
+    at::parallel_for(0, x.size(0) * x.size(1), 1 + kGrain / 8 / x.size(2),
+                     [&](int64_t begin, int64_t end) { LRN_PICK(norm, )(a, begin, end); });
+    return y;
+  }
+
+  // x + linear(relu(linear(norm(x))))
+  Tensor feed_forward(const Tensor& x, int parameter) const {
+    return linear(linear(norm(x, parameter), parameter + 2).relu_(), parameter + 4).add_(x);
+  }
+
+ private:
+  at::TensorList parameters_;
+};
+
+Tensor encoder_layer(const Tensor& input, const OptionalTensor& padding_mask,
+                     at::TensorList parameters, const std::string& activation, bool output_gate) {
+  enum { kRnnNorm = 0, kRnn = 2, kRnnOut = 4, kFeedForward = 6, kCount = 12 };
+  const Layer layer(parameters, kCount);
+  TORCH_CHECK(input.dim() == 3, "lrn_encoder_layer: input must be (T, B, C)");
+  const Tensor h = lrn::scan(layer.linear(layer.norm(input.contiguous(), kRnnNorm), kRnn),
+                             std::nullopt, padding_mask, activation, output_gate, false, true);
+  return layer.feed_forward(layer.linear(h, kRnnOut).add_(input), kFeedForward);
 }
 
-Tensor norm(const Tensor& x, const Tensor& weight, const Tensor& bias) {
-  TORCH_CHECK(weight.numel() == x.size(2) && bias.numel() == x.size(2),
-              "lrn_decoder_step: parameters do not fit input");
-  const Tensor y = at::empty(x.sizes(), x.options());
-  const Norm a{data(x), data(weight), data(bias), y.data_ptr<float>(), x.size(2)};
-  at::parallel_for(0, x.size(1), 1 + kGrain / 8 / x.size(2),
-                   [&](int64_t begin, int64_t end) { LRN_PICK(norm, )(a, begin, end); });
-  return y;
-}
-
-std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& state,
-                                        const Tensor& keys_values,
-                                        const OptionalTensor& encoder_padding_mask,
-                                        at::TensorList parameters, const std::string& activation,
-                                        bool output_gate, bool need_weights) {
-  TORCH_CHECK(parameters.size() == kParameters, "lrn_decoder_step: there must be ", +kParameters,
-              " parameters");
+std::tuple<Tensor, Tensor, Tensor> decoder_step(const Tensor& input, const Tensor& state,
+                                                const Tensor& keys_values,
+                                                const OptionalTensor& encoder_padding_mask,
+                                                at::TensorList parameters,
+                                                const std::string& activation, bool output_gate,
+                                                bool need_weights) {
+  enum {
+    kRnnNorm = 0,
+    kRnn = 2,
+    kRnnOut = 4,
+    kAttentionNorm = 6,  // then those of keys and values
+    kQuery = 12,
+    kAttentionOut = 14,
+    kFeedForward = 16,
+    kCount = 22
+  };
+  const Layer layer(parameters, kCount);
   TORCH_CHECK(input.dim() == 3 && input.size(0) == 1 && state.sizes() == input.sizes(),
               "lrn_decoder_step: input and state must be (1, N, C)");
-  const int64_t rows = input.size(1), width = input.size(2);
   TORCH_CHECK(keys_values.dim() == 5 && keys_values.size(0) == 2,
               "lrn_decoder_step: keys_values must be (2, B, heads, S, head)");
+  const int64_t rows = input.size(1), width = input.size(2);
   const auto size = keys_values.sizes();
   const int64_t sentences = size[1], heads = size[2], length = size[3], head = size[4];
   TORCH_CHECK(heads * head == width && sentences > 0 && rows % sentences == 0,
               "lrn_decoder_step: keys_values do not fit input");
-  const auto linear_of = [&](const Tensor& x, Parameter p) {
-    return linear(x, parameters[p], parameters[p + 1]);
-  };
-  const auto norm_of = [&](const Tensor& x, Parameter p) {
-    return norm(x, parameters[p], parameters[p + 1]);
-  };
+  OptionalTensor mask;
+  if (encoder_padding_mask) {
+    mask = encoder_padding_mask->contiguous();
+    TORCH_CHECK(mask->sizes() == at::IntArrayRef({sentences, length}),
+                "lrn_decoder_step: encoder_padding_mask does not fit keys_values");
+  }
 
-  const Tensor h = lrn::scan(linear_of(norm_of(input.contiguous(), kRnnNorm), kRnn), state[0],
+  const Tensor h = lrn::scan(layer.linear(layer.norm(input.contiguous(), kRnnNorm), kRnn), state[0],
                              std::nullopt, activation, output_gate, false, false);
-  Tensor x = linear_of(h, kRnnOut).add_(input);
+  const Tensor x = layer.linear(h, kRnnOut).add_(input);
 
-  const Tensor query = linear_of(norm_of(x, kAttentionNorm), kQuery);
+  const Tensor keys = keys_values[0].contiguous(), values = keys_values[1].contiguous();
+  const Tensor query = layer.linear(layer.norm(x, kAttentionNorm), kQuery);
   const Tensor found = at::empty(x.sizes(), x.options());
-  Tensor weights, mask;
+  Tensor weights;
   if (need_weights) {
     weights = at::empty({heads, rows, 1, length}, x.options());
   }
-  if (encoder_padding_mask) {
-    mask = encoder_padding_mask->contiguous();
-    TORCH_CHECK(mask.sizes() == at::IntArrayRef({sentences, length}),
-                "lrn_decoder_step: encoder_padding_mask does not fit keys_values");
-  }
   const Attention a{data(query),
-                    data(keys_values[0]),
-                    data(keys_values[1]),
-                    mask.defined() ? mask.const_data_ptr<bool>() : nullptr,
+                    data(keys),
+                    data(values),
+                    data(mask),
                     found.data_ptr<float>(),
                     need_weights ? weights.data_ptr<float>() : nullptr,
                     rows,
@@ -293,17 +316,18 @@ std::tuple<Tensor, Tensor, Tensor> step(const Tensor& input, const Tensor& state
                     heads,
                     length,
                     head};
-  at::parallel_for(0, rows, 1 + kGrain / 4 / (width * length),
+  at::parallel_for(0, rows, 1 + kGrain / 4 / (width * length + 1),
                    [&](int64_t begin, int64_t end) { LRN_PICK(attend, )(a, begin, end); });
-  x = linear_of(found, kAttentionOut).add_(x);
-
-  x = linear_of(linear_of(norm_of(x, kFinalNorm), kInner).relu_(), kOuter).add_(x);
-  return {x, h, weights};
+  return {layer.feed_forward(layer.linear(found, kAttentionOut).add_(x), kFeedForward), h, weights};
 }
 
 }  // namespace
 
 TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
+  m.def(
+      "lrn_encoder_layer(Tensor input, Tensor? padding_mask, Tensor[] parameters, *, str "
+      "activation, bool output_gate) -> Tensor",
+      {at::Tag::pt2_compliant_tag});
   m.def(
       "lrn_decoder_step(Tensor input, Tensor state, Tensor keys_values, Tensor? "
       "encoder_padding_mask, Tensor[] parameters, *, str activation, bool output_gate, bool "
@@ -311,8 +335,12 @@ TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
       {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) { m.impl("lrn_decoder_step", step); }
+TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) {
+  m.impl("lrn_encoder_layer", encoder_layer);
+  m.impl("lrn_decoder_step", decoder_step);
+}
 
 TORCH_LIBRARY_IMPL(fairseq_lrn, Autograd, m) {
+  m.impl("lrn_encoder_layer", torch::autograd::autogradNotImplementedFallback());
   m.impl("lrn_decoder_step", torch::autograd::autogradNotImplementedFallback());
 }
