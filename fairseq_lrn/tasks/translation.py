@@ -73,9 +73,6 @@ class BeamSearchGenerator(SequenceGenerator):
         history = _History()
 
         for step in range(max_len + 1):
-            if step > 0:
-                decoder.reorder_incremental_state_scripting(incremental_state, order)
-                encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
             features, extra = decoder(
                 tokens.unsqueeze(1), encoder_out, incremental_state=incremental_state, features_only=True
             )
@@ -88,44 +85,48 @@ class BeamSearchGenerator(SequenceGenerator):
                 words = torch.full_like(log_probs, self.eos, dtype=torch.long)
 
             # of all words after a sentence's hypotheses, the best; all hypotheses are the same at first
-            sums = log_probs.cpu().numpy().reshape(len(going), beam, -1) + totals[:, :, None]
+            shape = (len(going), beam, -1)
+            sums = log_probs.cpu().numpy().reshape(shape) + totals[:, :, None]
+            words = words.cpu().numpy().reshape(shape)
             if step == 0:
-                sums = sums[:, :1]
+                sums, words = sums[:, :1], words[:, :1]
             width = sums.shape[2]
-            sums = sums.reshape(len(going), -1)
+            sums, words = sums.reshape(len(going), -1), words.reshape(len(going), -1)
+            group = np.arange(len(going))[:, None]
             best = np.argsort(-sums, axis=1, kind="stable")[:, : 2 * beam]
-            sums = np.take_along_axis(sums, best, 1)
-            words = words.cpu().numpy().reshape(len(going), -1)
-            words = np.take_along_axis(words, best, 1)
-            parents = best // width + np.arange(len(going))[:, None] * beam
+            sums, words, parents = sums[group, best], words[group, best], best // width + group * beam
 
-            ends = (words == self.eos) & (sums > -np.inf)
-            group, column = np.nonzero(ends[:, :beam])
             attn = extra["attn"][0]
             if attn is not None:
                 history.attn.append(attn[:, -1])
-            if len(group) > 0:
+            ends = (words == self.eos) & (sums > -np.inf)
+            if ends.any():
+                group, column = np.nonzero(ends[:, :beam])
                 ended = history.read(parents[group, column], sums[group, column], self.eos, order.device)
                 for i, hypothesis in zip(group, ended):
                     if self.normalize_scores:
                         hypothesis["score"] /= (step + 1) ** self.len_penalty
                     if len(finished[going[i]]) < beam:
                         finished[going[i]].append(hypothesis)
-            if step == max_len:
-                break
-            keep = np.array([len(finished[i]) < beam for i in going])
-            if not keep.any():
+                keep = np.array([len(finished[i]) < beam for i in going])
+                # those that did not end go on, the best first
+                group = np.flatnonzero(keep)[:, None]
+                column = np.argsort(ends[keep], axis=1, kind="stable")
+                sums, words, parents = (x[group, column] for x in (sums, words, parents))
+                going = going[keep]
+            if step == max_len or len(going) == 0:
                 break
 
-            # those that did not end go on, the best first
-            column = np.argsort(ends[keep], axis=1, kind="stable")[:, :beam]
-            words, parents, totals = (np.take_along_axis(x[keep], column, 1) for x in (words, parents, sums))
-            going = going[keep]
-            history.parents.append(parents.reshape(-1))
-            history.words.append(words.reshape(-1))
+            totals = sums[:, :beam]
+            history.parents.append(parents[:, :beam].reshape(-1))
+            history.words.append(words[:, :beam].reshape(-1))
             history.totals.append(totals.reshape(-1))
-            order = torch.from_numpy(history.parents[-1]).to(order.device)
             tokens = torch.from_numpy(history.words[-1]).to(order.device)
+            rows, order = order.size(0), torch.from_numpy(history.parents[-1]).to(order.device)
+            if not np.array_equal(history.parents[-1], np.arange(rows)):
+                decoder.reorder_incremental_state_scripting(incremental_state, order)
+            if order.size(0) < rows:
+                encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
 
         return [sorted(hypotheses, key=lambda x: -float(x["score"])) for hypotheses in finished]
 
