@@ -67,6 +67,10 @@ at::Tensor scan(const at::Tensor& projections, const std::optional<at::Tensor>& 
                 const std::optional<at::Tensor>& padding_mask, const std::string& activation,
                 bool output_gate, bool reverse, bool bidirectional);
 
+// As at::linear, without gradients, on the CPU.
+at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
+                  const std::optional<at::Tensor>& bias);
+
 // Kernels take any strides but that of the last axis.
 inline at::Tensor rows_contiguous(const at::Tensor& x) {
   return x.stride(-1) == 1 ? x : x.contiguous();

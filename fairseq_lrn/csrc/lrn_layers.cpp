@@ -4,7 +4,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/TensorOperators.h>
 #include <ATen/ops/empty.h>
-#include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/library.h>
 
@@ -22,11 +21,10 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kFewRows = 8;      // for more the BLAS is faster
 constexpr int64_t kGrain = 1 << 20;  // multiplications worth a thread
 
 #pragma GCC diagnostic ignored "-Wpsabi"  // no vector passes between functions: they are inlined
-constexpr int64_t kLanes = 16;
+constexpr int64_t kLanes = 8;
 typedef float Vector __attribute__((vector_size(kLanes * sizeof(float))));
 
 LRN_HD Vector load(const float* x) {
@@ -36,22 +34,12 @@ LRN_HD Vector load(const float* x) {
 }
 
 LRN_HD float sum(const Vector& v) {
-  typedef float Half __attribute__((vector_size(32)));
-  typedef float Quarter __attribute__((vector_size(16)));
+  typedef float Half __attribute__((vector_size(kLanes / 2 * sizeof(float))));
   Half halves[2];
   std::memcpy(halves, &v, sizeof(v));
   const Half half = halves[0] + halves[1];
-  Quarter quarters[2];
-  std::memcpy(quarters, &half, sizeof(half));
-  const Quarter quarter = quarters[0] + quarters[1];
-  return (quarter[0] + quarter[2]) + (quarter[1] + quarter[3]);
+  return (half[0] + half[2]) + (half[1] + half[3]);
 }
-
-struct Linear {
-  const float *input, *weight, *bias;
-  float* output;
-  int64_t rows, in, out;
-};
 
 LRN_HD float dot(const float* a, const float* b, int64_t size) {
   Vector sums = {};
@@ -77,50 +65,6 @@ LRN_HD float total(const float* x, int64_t size) {
     total += x[i];
   }
   return total;
-}
-
-// Each row of weights meets all rows of the input, one vector after another.
-template <int kRows>
-LRN_HD void linear(const Linear& a, int64_t begin, int64_t end) {
-  for (int64_t j = begin; j < end; ++j) {
-    const float* weight = a.weight + j * a.in;
-    Vector sums[kRows] = {};
-    int64_t k = 0;
-    for (; k + kLanes <= a.in; k += kLanes) {
-      const Vector w = load(weight + k);
-      for (int i = 0; i < kRows; ++i) {
-        sums[i] += load(a.input + i * a.in + k) * w;
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      float total = sum(sums[i]) + a.bias[j];
-      for (int64_t rest = k; rest < a.in; ++rest) {
-        total += a.input[i * a.in + rest] * weight[rest];
-      }
-      a.output[i * a.out + j] = total;
-    }
-  }
-}
-
-LRN_HD void linear_of_any(const Linear& a, int64_t begin, int64_t end) {
-  switch (a.rows) {
-    case 1:
-      return linear<1>(a, begin, end);
-    case 2:
-      return linear<2>(a, begin, end);
-    case 3:
-      return linear<3>(a, begin, end);
-    case 4:
-      return linear<4>(a, begin, end);
-    case 5:
-      return linear<5>(a, begin, end);
-    case 6:
-      return linear<6>(a, begin, end);
-    case 7:
-      return linear<7>(a, begin, end);
-    default:
-      return linear<8>(a, begin, end);
-  }
 }
 
 struct Norm {
@@ -190,9 +134,6 @@ LRN_HD void attend(const Attention& a, int64_t begin, int64_t end) {
 }
 
 #define ENTRIES(suffix, attribute)                                                                 \
-  attribute void linear_##suffix(const Linear& a, int64_t begin, int64_t end) {                    \
-    linear_of_any(a, begin, end);                                                                  \
-  }                                                                                                \
   attribute void norm_##suffix(const Norm& a, int64_t begin, int64_t end) { norm(a, begin, end); } \
   attribute void attend_##suffix(const Attention& a, int64_t begin, int64_t end) {                 \
     attend(a, begin, end);                                                                         \
@@ -217,18 +158,7 @@ class Layer {
   }
 
   Tensor linear(const Tensor& x, int parameter) const {
-    const Tensor &weight = parameters_[parameter], &bias = parameters_[parameter + 1];
-    const int64_t in = x.size(2), rows = x.size(0) * x.size(1), out = bias.numel();
-    TORCH_CHECK(weight.sizes() == at::IntArrayRef({out, in}),
-                "lrn_layers: parameters do not fit input");
-    if (rows == 0 || rows > kFewRows) {
-      return at::linear(x, weight, bias);
-    }
-    const Tensor y = at::empty({x.size(0), x.size(1), out}, x.options());
-    const Linear a{data(x), data(weight), data(bias), y.data_ptr<float>(), rows, in, out};
-    at::parallel_for(0, out, 1 + kGrain / (rows * in),
-                     [&](int64_t begin, int64_t end) { LRN_PICK(linear, )(a, begin, end); });
-    return y;
+    return lrn::linear(x, parameters_[parameter], parameters_[parameter + 1]);
   }
 
   Tensor norm(const Tensor& x, int parameter) const {

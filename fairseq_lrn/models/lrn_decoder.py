@@ -9,8 +9,9 @@ from fairseq.models import FairseqIncrementalDecoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor
 
+from ..ops._library import loaded
 from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
-from .lrn_layers import LRNDecoderLayer, build_layers
+from .lrn_layers import LRNDecoderLayer, build_layers, fit_operators
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
@@ -37,6 +38,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.num_layers = len(self.layers)
         self.layer_norm = nn.LayerNorm(embed_dim)
 
+        self.generates = False
         self.adaptive_softmax = None
         self.output_projection = None
         if cfg.adaptive_softmax_cutoff is not None:
@@ -140,7 +142,14 @@ class LRNDecoder(FairseqIncrementalDecoder):
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
         if self.output_projection is None:
             return features
+        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
+            if self.generates and fit_operators(features):
+                return torch.ops.fairseq_lrn.linear(features, self.output_projection.weight)
         return self.output_projection(features)
+
+    def make_generation_fast_(self, **kwargs) -> None:
+        """As fairseq calls it before it translates: from now on few rows of features have an operator."""
+        self.generates = loaded and type(self.output_projection) is nn.Linear
 
     @torch.jit.export
     def reorder_incremental_state(

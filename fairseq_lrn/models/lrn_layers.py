@@ -114,6 +114,15 @@ class EncoderAttention(nn.Module):
         return self.out_proj(y), weights
 
 
+def fit_operators(*tensors: Tensor) -> bool:
+    """Whether ``tensors`` are what the operators for translating take: float32, on the CPU, no gradients."""
+    return (
+        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+    )
+
+
 class Layer(nn.Module):
     """A block that is one C++ operator while it translates on the CPU.
 
@@ -135,12 +144,7 @@ class Layer(nn.Module):
             self._operands = parameters
 
     def _has_operator(self, *tensors: Tensor) -> bool:
-        return (
-            self._operands is not None
-            and all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-            and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling()
-        )
+        return self._operands is not None and fit_operators(*tensors)
 
 
 class LRNEncoderLayer(Layer):

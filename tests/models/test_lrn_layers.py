@@ -1,14 +1,17 @@
 """Layers in one operator, against their own definition."""
 
+import argparse
 import os
 import subprocess
 import sys
 
 import pytest
 import torch
+from batches import SMALL, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fairseq_lrn.models import LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
 from fairseq_lrn.models.lrn_layers import LRNDecoderLayer, LRNEncoderLayer
 
@@ -44,12 +47,12 @@ def inputs(layer, sentences=2, beams=3, length=5, padding=1, need_attn=True):
     return [x, encoder_x, mask, state, None, keys_values, need_attn]
 
 
-def uses_operator(layer, arguments):
-    """Whether the layer's results come from its operator."""
+def uses_operator(layer, arguments, *operators):
+    """Whether the layer's results come from one of the operators, a layer's own if none is named."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         layer(*arguments)
-    operators = ("fairseq_lrn::lrn_encoder_layer", "fairseq_lrn::lrn_decoder_step")
-    return any(event.name in operators for event in profile.events())
+    operators = operators or ("lrn_encoder_layer", "lrn_decoder_step")
+    return any(event.name in [f"fairseq_lrn::{name}" for name in operators] for event in profile.events())
 
 
 @pytest.mark.parametrize("kind", LAYERS)
@@ -171,3 +174,52 @@ def test_bad_input_is_refused():
     ):
         with pytest.raises(RuntimeError):
             run(**bad)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_linear_equals_pytorchs(data):
+    rows, columns, outputs = (data.draw(st.integers(low, high)) for low, high in ((0, 10), (1, 70), (1, 13)))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
+    x, weight, bias = (
+        torch.randn(*size, generator=generator, dtype=dtype)
+        for size in ((rows, columns), (outputs, columns), (outputs,))
+    )
+    if data.draw(st.booleans()):
+        x, weight = x.t().contiguous().t(), weight.t().contiguous().t()
+    shape = data.draw(st.sampled_from([(-1,), (1, -1), (-1, 1)])) if rows > 0 else (0,)
+    x, bias = x.unflatten(0, shape), data.draw(st.sampled_from([bias, None]))
+    expected = torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    found = torch.ops.fairseq_lrn.linear(x, weight, bias)
+    assert found.dtype == dtype
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_linear_refuses_what_does_not_fit():
+    x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+    for bad in (
+        (x[0], weight),
+        (x[:, 1:], weight),
+        (x, weight[0]),
+        (x, weight, bias[1:]),
+        (x, weight.double()),
+    ):
+        with pytest.raises(RuntimeError):
+            torch.ops.fairseq_lrn.linear(*bad)
+
+
+def test_the_decoder_scores_words_with_linear():
+    model = LRNModel.build_model(LRNConfig(**SMALL), task()).eval()
+    features = torch.randn(3, 1, SMALL["decoder_embed_dim"])
+    with torch.no_grad():
+        expected = model.decoder.output_layer(features)
+        assert not uses_operator(model.decoder.output_layer, [features], "linear")
+        model.prepare_for_inference_(argparse.Namespace(generation=argparse.Namespace()))
+        assert uses_operator(model.decoder.output_layer, [features], "linear")
+        torch.testing.assert_close(model.decoder.output_layer(features), expected)
+        model.decoder.output_projection = torch.nn.Identity()
+        model.decoder.make_generation_fast_()
+        assert model.decoder.output_layer(features) is features

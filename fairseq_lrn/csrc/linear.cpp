@@ -1,0 +1,140 @@
+// A linear layer for few rows without gradients: with AVX-512 it takes as long as reading the
+// weights once, up to half as long as the BLAS.
+#include <ATen/Parallel.h>
+#include <ATen/ops/empty.h>
+#include <ATen/ops/linear.h>
+#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
+#include <torch/library.h>
+
+#include <algorithm>
+
+#include "isa.h"
+#include "lrn.h"
+
+#if defined(LRN_AVX512)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
+#include <immintrin.h>
+#endif
+
+namespace {
+
+using at::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+constexpr int64_t kFewRows = 8;      // for more the BLAS is as fast
+constexpr int64_t kGrain = 1 << 20;  // multiplications worth a thread
+
+#if defined(LRN_AVX512)
+
+#define LRN_INLINE inline __attribute__((always_inline, target(LRN_AVX512)))
+
+struct Arguments {
+  const float *input, *weight, *bias;  // bias may be null
+  float* output;
+  int64_t rows, in, out;
+};
+
+// The sums of four vectors.
+LRN_INLINE __m128 sum(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_shuffle_f32x4(a, b, 0x44) + _mm512_shuffle_f32x4(a, b, 0xee);
+  const __m512 cd = _mm512_shuffle_f32x4(c, d, 0x44) + _mm512_shuffle_f32x4(c, d, 0xee);
+  __m512 abcd = _mm512_shuffle_f32x4(ab, cd, 0x88) + _mm512_shuffle_f32x4(ab, cd, 0xdd);
+  abcd += _mm512_permute_ps(abcd, 0x4e);
+  abcd += _mm512_permute_ps(abcd, 0xb1);
+  return _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, abcd));
+}
+
+// Up to four rows of weights, from j on, meet all rows of the input, one vector after another.
+template <int kRows>
+LRN_INLINE void columns(const Arguments& a, int64_t j, int64_t end) {
+  const float* w[4];
+  for (int c = 0; c < 4; ++c) {
+    w[c] = a.weight + std::min(j + c, end - 1) * a.in;
+  }
+  __m512 products[kRows][4] = {};
+  for (int64_t k = 0; k < a.in; k += 16) {
+    const __mmask16 mask = a.in - k >= 16 ? 0xffff : (1u << (a.in - k)) - 1;
+    __m512 weight[4];
+    for (int c = 0; c < 4; ++c) {
+      weight[c] = _mm512_maskz_loadu_ps(mask, w[c] + k);
+    }
+    for (int i = 0; i < kRows; ++i) {
+      const __m512 x = _mm512_maskz_loadu_ps(mask, a.input + i * a.in + k);
+      for (int c = 0; c < 4; ++c) {
+        products[i][c] = _mm512_fmadd_ps(x, weight[c], products[i][c]);
+      }
+    }
+  }
+  const __mmask8 mask = end - j >= 4 ? 0xf : (1u << (end - j)) - 1;
+  const __m128 bias = a.bias == nullptr ? __m128{} : _mm_maskz_loadu_ps(mask, a.bias + j);
+  for (int i = 0; i < kRows; ++i) {
+    const __m512* p = products[i];
+    _mm_mask_storeu_ps(a.output + i * a.out + j, mask, sum(p[0], p[1], p[2], p[3]) + bias);
+  }
+}
+
+template <int kRows>
+__attribute__((target(LRN_AVX512))) void linear_rows(const Arguments& a, int64_t begin,
+                                                     int64_t end) {
+  for (int64_t j = begin; j < end; j += 4) {
+    columns<kRows>(a, j, end);
+  }
+}
+
+using Kernel = void (*)(const Arguments&, int64_t, int64_t);
+constexpr Kernel kKernels[kFewRows] = {linear_rows<1>, linear_rows<2>, linear_rows<3>,
+                                       linear_rows<4>, linear_rows<5>, linear_rows<6>,
+                                       linear_rows<7>, linear_rows<8>};
+
+Tensor few_rows(const Tensor& input, const Tensor& weight, const OptionalTensor& bias,
+                int64_t rows) {
+  const Tensor x = input.contiguous(), w = weight.contiguous();
+  const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+  auto sizes = x.sizes().vec();
+  sizes.back() = w.size(0);
+  const Tensor y = at::empty(sizes, x.options());
+  const Arguments a{x.const_data_ptr<float>(),
+                    w.const_data_ptr<float>(),
+                    b ? b->const_data_ptr<float>() : nullptr,
+                    y.data_ptr<float>(),
+                    rows,
+                    w.size(1),
+                    w.size(0)};
+  at::parallel_for(0, a.out, 1 + kGrain / (rows * a.in),
+                   [&](int64_t begin, int64_t end) { kKernels[rows - 1](a, begin, end); });
+  return y;
+}
+
+#endif
+
+}  // namespace
+
+Tensor lrn::linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(input.dim() >= 2 && weight.dim() == 2 && input.size(-1) == weight.size(1) &&
+                  (!bias || bias->numel() == weight.size(0)),
+              "linear: input, weight and bias do not fit each other");
+#if defined(LRN_AVX512)
+  const auto is_float = [](const Tensor& x) { return x.scalar_type() == at::kFloat; };
+  if (lrn::kIsa == lrn::Isa::kAvx512 && is_float(input) && is_float(weight) &&
+      (!bias || is_float(*bias)) && weight.numel() > 0) {
+    const int64_t rows = input.numel() / weight.size(1);
+    if (rows > 0 && rows <= kFewRows) {
+      return few_rows(input, weight, bias, rows);
+    }
+  }
+#endif
+  // Other than two axes may become as many products as there are rows.
+  return at::linear(input.flatten(0, -2), weight, bias)
+      .unflatten(0, input.sizes().slice(0, input.dim() - 1));
+}
+
+TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
+}
+
+TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) { m.impl("linear", lrn::linear); }
+
+TORCH_LIBRARY_IMPL(fairseq_lrn, Autograd, m) {
+  m.impl("linear", torch::autograd::autogradNotImplementedFallback());
+}
