@@ -149,8 +149,8 @@ const bool* data(const OptionalTensor& mask) {
   return mask ? mask->const_data_ptr<bool>() : nullptr;
 }
 
-// A block's parameters() in their order, a weight and its bias after each other, applied to (T, B,
-// C).
+// What a block does to (T, B, C) with its parameters(), by the place of a weight, which its bias
+// follows.
 class Layer {
  public:
   Layer(at::TensorList parameters, size_t count) : parameters_(parameters) {
@@ -174,7 +174,9 @@ class Layer {
 
   // x + linear(relu(linear(norm(x))))
   Tensor feed_forward(const Tensor& x, int parameter) const {
-    return linear(linear(norm(x, parameter), parameter + 2).relu_(), parameter + 4).add_(x);
+    Tensor y = norm(x, parameter);
+    y = linear(y, parameter + 2).relu_();
+    return linear(y, parameter + 4).add_(x);
   }
 
  private:
@@ -186,9 +188,11 @@ Tensor encoder_layer(const Tensor& input, const OptionalTensor& padding_mask,
   enum { kRnnNorm = 0, kRnn = 2, kRnnOut = 4, kFeedForward = 6, kCount = 12 };
   const Layer layer(parameters, kCount);
   TORCH_CHECK(input.dim() == 3, "lrn_encoder_layer: input must be (T, B, C)");
-  const Tensor h = lrn::scan(layer.linear(layer.norm(input.contiguous(), kRnnNorm), kRnn),
-                             std::nullopt, padding_mask, activation, output_gate, false, true);
-  return layer.feed_forward(layer.linear(h, kRnnOut).add_(input), kFeedForward);
+  Tensor x = layer.norm(input.contiguous(), kRnnNorm);  // each line frees what the one before used
+  x = layer.linear(x, kRnn);
+  x = lrn::scan(x, std::nullopt, padding_mask, activation, output_gate, false, true);
+  x = layer.linear(x, kRnnOut).add_(input);
+  return layer.feed_forward(x, kFeedForward);
 }
 
 std::tuple<Tensor, Tensor, Tensor> decoder_step(const Tensor& input, const Tensor& state,
