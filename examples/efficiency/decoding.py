@@ -52,6 +52,7 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     words += ["--user-dir", Path(fairseq_lrn.__file__).parent, "--task", task or "translation"]
     words += ["-s", source, "-t", target, "--path", checkpoint, "--beam", beam, "--batch-size", batch_size]
     words += ["--required-batch-size-multiple", 1, "--remove-bpe", "sentencepiece"]
+    words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores
     if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
         words += ["--distributed-world-size", 8]
     environment = {

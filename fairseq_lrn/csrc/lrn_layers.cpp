@@ -167,7 +167,7 @@ class Layer {
                 "lrn_layers: parameters do not fit input");
     const Tensor y = at::empty(x.sizes(), x.options());
     const Norm a{data(x), data(weight), data(bias), y.data_ptr<float>(), x.size(2)};
-    at::parallel_for(0, x.size(0) * x.size(1), 1 + kGrain / 8 / x.size(2),
+    at::parallel_for(0, x.size(0) * x.size(1), 1 + kGrain / 16 / x.size(2),
                      [&](int64_t begin, int64_t end) { LRN_PICK(norm, )(a, begin, end); });
     return y;
   }
@@ -250,7 +250,7 @@ std::tuple<Tensor, Tensor, Tensor> decoder_step(const Tensor& input, const Tenso
                     heads,
                     length,
                     head};
-  at::parallel_for(0, rows, 1 + kGrain / 4 / (width * length + 1),
+  at::parallel_for(0, rows, 1 + kGrain / 16 / (width * length + 1),
                    [&](int64_t begin, int64_t end) { LRN_PICK(attend, )(a, begin, end); });
   return {layer.feed_forward(layer.linear(found, kAttentionOut).add_(x), kFeedForward), h, weights};
 }
