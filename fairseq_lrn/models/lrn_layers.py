@@ -127,7 +127,7 @@ class Layer(nn.Module):
     """A block that is one C++ operator while it translates on the CPU.
 
     The operator knows LRN and oLRN, plain linear layers with ReLU between them, and neither dropout nor
-    gradients; ``forward`` is what defines it, and all else.
+    gradients, nor hooks on the modules inside; ``forward`` is what defines it, and all else.
     """
 
     __jit_ignored_attributes__ = ("_operands",)
