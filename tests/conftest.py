@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import subprocess
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -91,3 +92,21 @@ def data(run, corpus, tmp_path_factory):
     prefixes = [f"--{name}pref={corpus / name}" for name in ("train", "valid", "test")]
     run("fairseq-preprocess", "-s", "en", "-t", "de", "--joined-dictionary", *prefixes, "--destdir", folder)
     return folder
+
+
+@pytest.fixture(params=["default", "avx2", "avx512"])
+def rerun_on_instruction_set(request):
+    """Run tests of the same file, by pytest's ``-k``, with one compiled version of the kernels.
+
+    A version that the machine lacks falls back to the best it has.
+    """
+
+    def command(names):
+        subprocess.run(
+            [sys.executable, "-m", "pytest", "-qx", "-k", names, str(request.path)],
+            env={**os.environ, "FAIRSEQ_LRN_CPU_CAPABILITY": request.param},
+            check=True,
+            stdout=subprocess.DEVNULL,
+        )
+
+    return command

@@ -1,9 +1,6 @@
 """Layers in one operator, against their own definition."""
 
 import argparse
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -80,15 +77,8 @@ def test_operator_equals_the_layer(kind, data):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_instruction_sets(capability):
-    """Each compiled version of the kernels; one that the machine lacks falls back to the best it has."""
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-k", "equals", __file__],
-        env={**os.environ, "FAIRSEQ_LRN_CPU_CAPABILITY": capability},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def test_instruction_sets(rerun_on_instruction_set):
+    rerun_on_instruction_set("equals")
 
 
 @pytest.mark.parametrize("cell", ["lrn", "olrn"])

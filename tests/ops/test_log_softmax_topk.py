@@ -1,9 +1,5 @@
 """log_softmax_topk against what it is short for, in float64."""
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from batches import DEVICES
@@ -61,15 +57,8 @@ def test_few_different_scores(data):
         assert [x.shape for x in log_softmax_topk(torch.empty(0, size), k, sorted(exclude))] == [(0, k)] * 2
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_instruction_sets(capability):
-    """Each compiled version of the kernel; one that the machine lacks falls back to the best it has."""
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-k", "definition or finite", __file__],
-        env={**os.environ, "FAIRSEQ_LRN_CPU_CAPABILITY": capability},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def test_instruction_sets(rerun_on_instruction_set):
+    rerun_on_instruction_set("definition or finite")
 
 
 @pytest.mark.parametrize("device", DEVICES)

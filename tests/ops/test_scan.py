@@ -103,15 +103,8 @@ def test_definition(options, dtype, device):
             assert_close(results, expected, TOLERANCE[dtype])
 
 
-@pytest.mark.parametrize("capability", ["default", "avx2", "avx512"])
-def test_instruction_sets(capability):
-    """Each compiled version of the kernels; one that the machine lacks falls back to the best it has."""
-    subprocess.run(
-        [sys.executable, "-m", "pytest", "-qx", "-k", "definition or not_finite or rounding", __file__],
-        env={**os.environ, "FAIRSEQ_LRN_CPU_CAPABILITY": capability},
-        check=True,
-        stdout=subprocess.DEVNULL,
-    )
+def test_instruction_sets(rerun_on_instruction_set):
+    rerun_on_instruction_set("definition or not_finite or rounding")
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
