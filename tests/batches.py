@@ -72,3 +72,38 @@ def assert_left_padded_target_gives_the_same_scores(model):
     right, left = (sentences(lengths, pad, side, seed=2) for side in (False, True))
     scores_right, scores_left = model(source, None, right)[0], model(source, None, left)[0]
     torch.testing.assert_close(scores_left[0, 3:], scores_right[0, :4], rtol=1e-4, atol=1e-5)
+
+
+def assert_beams_share_their_sentence(model):
+    """Hypotheses score as each with a copy of its sentence does, in whatever order they are picked."""
+    device = next(model.parameters()).device
+    pad = model.encoder.padding_idx
+    lengths = [5, 9, 2, 7]
+    source = sentences(lengths, pad).to(device)
+    shared = model.encoder(source)
+    orders = [
+        [0, 0, 0, 1, 1, 1, 2, 2, 2, 3, 3, 3],  # three hypotheses a sentence
+        [2, 0, 0, 3, 4, 5, 7, 7, 7, 10, 9, 11],
+        [5, 3, 3, 9, 9, 10],  # of two sentences
+        [1, 0, 0, 3, 5, 4],
+        [4, 3, 3, 0, 0, 1],  # the sentences in another order
+        [0, 3, 1, 2],  # no longer one sentence next to the other
+        [3, 1, 1],
+    ]
+    rows, sizes = torch.arange(len(lengths)), []
+    state = {}
+    prefix = torch.full((len(lengths), 1), 2, device=device)
+    for step, order in enumerate(orders):
+        order = torch.tensor(order)
+        rows = rows[order]
+        if step > 0:
+            model.decoder.reorder_incremental_state_scripting(state, order.to(device))
+        shared = model.encoder.reorder_encoder_out(shared, order.to(device))
+        sizes.append(shared["encoder_out"][0].size(1))
+        prefix = prefix[order.to(device)]
+        scores, extra = model.decoder(prefix, shared, incremental_state=state)
+        whole, whole_extra = model(source[rows.to(device)], None, prefix)
+        torch.testing.assert_close(scores[:, 0], whole[:, -1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(extra["attn"][0][:, 0], whole_extra["attn"][0][:, -1], rtol=0, atol=1e-5)
+        prefix = torch.cat([prefix, 4 + torch.arange(len(order), device=device)[:, None] + step], 1)
+    assert sizes == [4, 4, 2, 2, 2, 4, 3]

@@ -21,10 +21,10 @@ from typing import Dict, List
 import torch
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
-from fairseq.sequence_generator import SequenceGenerator
 
 import fairseq_lrn.models  # noqa: F401  registers them
 from fairseq_lrn.modules import CELLS
+from fairseq_lrn.tasks.translation import BeamSearchGenerator
 
 # Zhang and Sennrich (2019): millions of parameters, training s/batch, decoding ms/sentence
 PAPER = {
@@ -92,9 +92,9 @@ def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[s
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     memory = torch.cuda.max_memory_allocated() / 2**20 if cuda else (peak - start) / 1024
 
-    net.eval()
+    net.make_generation_fast_()
     length = scale["length"]
-    generator = SequenceGenerator([net], dictionary, beam_size=4, max_len_b=length, min_len=length)
+    generator = BeamSearchGenerator([net], dictionary, beam_size=4, max_len_b=length, min_len=length)
     decode: List[float] = []
     for _ in range(2):
         source = tokens()

@@ -1,7 +1,7 @@
 """What all models of this package share: the unit's options and their checks, embeddings, architectures."""
 
 from dataclasses import dataclass, field
-from typing import Any, Iterable, List, Optional
+from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
@@ -109,6 +109,25 @@ def pick_sentences(new_order: Tensor, rows: int, sentences: int) -> Optional[Ten
             same = torch.arange(sentences, device=new_order.device)
             return None if torch.equal(first, same) else first
     return picked
+
+
+def reorder_sentences(encoder_out: Dict[str, List[Tensor]], new_order: Tensor) -> Dict[str, List[Tensor]]:
+    """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (N').
+
+    Where ``new_order`` puts each sentence into as many rows next to each other, as beam search does, the
+    result has it once, and in ``rows`` an empty tensor of N' rows; from then on ``new_order`` picks rows.
+    """
+    sentences = encoder_out["encoder_out"][0].size(1)
+    rows = encoder_out["rows"][0].size(0) if "rows" in encoder_out else sentences
+    picked = pick_sentences(new_order, rows, sentences)
+    result = encoder_out.copy()
+    if picked is not None:
+        for name, parts in encoder_out.items():
+            if name != "rows":
+                dim = 0 if name == "encoder_padding_mask" else 1
+                result[name] = [x.index_select(dim, picked) for x in parts]
+    result["rows"] = [new_order.new_empty(new_order.size(0), 0)]
+    return result
 
 
 def build_embedding(dictionary, embed_dim: int, path: Optional[str] = None) -> nn.Embedding:

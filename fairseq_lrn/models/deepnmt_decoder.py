@@ -10,7 +10,7 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
-from .base import build_output_projection, find_padding
+from .base import build_output_projection, find_padding, pick_sentences
 
 
 class DeepNMTDecoder(FairseqIncrementalDecoder):
@@ -82,15 +82,15 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
             saved = self.get_incremental_state(incremental_state, "saved")
         if saved is None:
             states = self.initial_states(encoder_out["encoder_state"][0][0])
+            states = states.repeat_interleave(len(prev_output_tokens) // len(states), 0)
             states = states.unflatten(1, (len(self.projections), -1)).transpose(0, 1)
             saved = {"states": states, "keys": self.attention.project(memory)}
         states, keys = saved["states"], saved["keys"]
 
         x = self.dropout_module(self.embed_tokens(prev_output_tokens.t()) + self.embed_bias)
-        projected = self.first.project(x)
         state, outputs, contexts, weights = states[0], [], [], []
-        for t in range(x.size(0)):
-            query, new = self.first.step(projected[t], state)
+        for t, projected in enumerate(self.first.project(x).unbind(0)):
+            query, new = self.first.step(projected, state)
             context, weight = self.attention(query, keys, memory, memory_mask)
             output, new = self.second.step(self.second.project(context), new)
             state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
@@ -119,10 +119,13 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
     def reorder_incremental_state(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
     ) -> None:
-        """Follow the beam: pick the states and keys of the hypotheses ``new_order`` (B',)."""
+        """Follow the beam: pick the states of the hypotheses ``new_order`` (N'), and their sentences."""
         saved = self.get_incremental_state(incremental_state, "saved")
         if saved is not None:
-            saved = {name: x.index_select(1, new_order) for name, x in saved.items()}
+            states, keys = saved["states"], saved["keys"]
+            sentences = pick_sentences(new_order, states.size(1), keys.size(1))
+            keys = keys if sentences is None else keys.index_select(1, sentences)
+            saved = {"states": states.index_select(1, new_order), "keys": keys}
             self.set_incremental_state(incremental_state, "saved", saved)
 
     def max_positions(self) -> int:

@@ -10,7 +10,7 @@ from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import build_cell, build_recurrent
-from .base import find_padding
+from .base import find_padding, reorder_sentences
 
 
 class ContextAwareRecurrent(nn.Module):
@@ -102,11 +102,8 @@ class DeepNMTEncoder(FairseqEncoder):
         }
 
     def reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
-        """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (B',)."""
-        return {
-            name: [x.index_select(0 if name == "encoder_padding_mask" else 1, new_order) for x in parts]
-            for name, parts in encoder_out.items()
-        }
+        """Return ``encoder_out`` for rows ``new_order`` (N'), as :func:`~.base.reorder_sentences` does."""
+        return reorder_sentences(encoder_out, new_order)
 
     def max_positions(self) -> int:
         """Maximum source length in tokens."""

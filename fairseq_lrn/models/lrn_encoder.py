@@ -9,7 +9,7 @@ from fairseq.models import FairseqEncoder
 from fairseq.modules import FairseqDropout
 from torch import Tensor
 
-from .base import find_padding, pick_sentences
+from .base import find_padding, reorder_sentences
 from .lrn_layers import LRNEncoderLayer, build_layers
 
 
@@ -55,22 +55,8 @@ class LRNEncoder(FairseqEncoder):
 
     @torch.jit.export
     def reorder_encoder_out(self, encoder_out: Dict[str, List[Tensor]], new_order: Tensor):
-        """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (N').
-
-        Where ``new_order`` puts each sentence into as many rows next to each other, as beam search does, the
-        result has it once, and in ``rows`` an empty tensor of N' rows; from then on ``new_order`` picks rows.
-        """
-        sentences = encoder_out["encoder_out"][0].size(1)
-        rows = encoder_out["rows"][0].size(0) if "rows" in encoder_out else sentences
-        picked = pick_sentences(new_order, rows, sentences)
-        result = encoder_out.copy()
-        if picked is not None:
-            result["encoder_out"] = [x.index_select(1, picked) for x in encoder_out["encoder_out"]]
-            result["encoder_padding_mask"] = [
-                x.index_select(0, picked) for x in encoder_out["encoder_padding_mask"]
-            ]
-        result["rows"] = [new_order.new_empty(new_order.size(0), 0)]
-        return result
+        """Return ``encoder_out`` for rows ``new_order`` (N'), as :func:`~.base.reorder_sentences` does."""
+        return reorder_sentences(encoder_out, new_order)
 
     def max_positions(self) -> int:
         """Maximum source length in tokens."""

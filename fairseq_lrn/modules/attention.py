@@ -43,35 +43,37 @@ class StepAttention(nn.Module):
         return self.key(memory)
 
     def scores(self, query: Tensor, keys: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-        """Return each query's score of each key, (B, num_heads, S), of the arguments of :meth:`forward`."""
-        heads = (self.num_heads, -1)
-        query = self.query(query)
+        """Return each query's score of each key, (N, num_heads, S), of the arguments of :meth:`forward`."""
+        query = self.query(query).unflatten(0, (keys.size(1), -1))  # (B, N / B, C)
         if self.score is not None:
-            scores = (torch.tanh(query + keys).unflatten(2, heads) * self.score).sum(3)
+            # one matrix product, each head's weights beside zeros, is faster than products and sums
+            weight = torch.block_diag(*self.score[:, None])
+            scores = nn.functional.linear((query + keys[:, :, None]).tanh_(), weight).permute(1, 2, 3, 0)
         else:
-            size = keys.size(2) // self.num_heads
-            scores = (query.unflatten(1, heads) * keys.unflatten(2, heads)).sum(3) * size**-0.5
-        scores = scores.permute(1, 2, 0)
+            heads = (self.num_heads, keys.size(2) // self.num_heads)
+            scores = torch.einsum("bnhd,sbhd->bnhs", query.unflatten(2, heads), keys.unflatten(2, heads))
+            scores = scores * heads[1] ** -0.5
         if padding_mask is not None:
-            scores = scores.masked_fill(padding_mask[:, None], float("-inf"))
-        return scores
+            scores = scores.masked_fill(padding_mask[:, None, None], float("-inf"))
+        return scores.flatten(0, 1)
 
     def forward(
         self, query: Tensor, keys: Tensor, memory: Tensor, padding_mask: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
-        """Look for each of B queries.
+        """Look for each of N queries, N / B for each memory, next to each other.
 
         Args:
-            query: (B, query_dim)
+            query: (N, query_dim)
             keys: (S, B, C), from :meth:`project`
             memory: (S, B, C)
             padding_mask: (B, S), True at padding
 
         Returns:
-            context (B, C), weights (B, num_heads, S)
+            context (N, C), weights (N, num_heads, S)
         """
         scores = self.scores(query, keys, padding_mask)
         wide = torch.promote_types(scores.dtype, torch.float32)
         weights = scores.softmax(2, dtype=wide).type_as(memory)
-        context = torch.einsum("bhs,sbhd->bhd", weights, memory.unflatten(2, (self.num_heads, -1)))
-        return context.flatten(1), weights
+        memory = memory.unflatten(2, (self.num_heads, -1))
+        context = torch.einsum("bnhs,sbhd->bnhd", weights.unflatten(0, (memory.size(1), -1)), memory)
+        return context.flatten(2).flatten(0, 1), weights

@@ -9,6 +9,7 @@ import torch
 from batches import (
     DEVICES,
     assert_batch_mates_do_not_matter,
+    assert_beams_share_their_sentence,
     assert_left_padded_target_gives_the_same_scores,
     dictionary,
     sentences,
@@ -68,6 +69,13 @@ def test_incremental_decoding_equals_teacher_forcing(device, form, cell):
         step, _ = model.decoder(target[:, : t + 1], encoder_out, incremental_state=state)
         whole, _ = model(source, None, target[:, : t + 1])
         torch.testing.assert_close(step[:, 0], whole[:, t], rtol=0, atol=1e-5)
+
+
+@every_cell
+@each_form
+@each_device
+def test_beams_share_their_sentence(device, form, cell):
+    assert_beams_share_their_sentence(build(device, cell=cell, **form))
 
 
 @every_cell
