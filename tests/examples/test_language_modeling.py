@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import dictionary
+from recipes import Recipe
 
 from fairseq_lrn.models import LRNLanguageModel
 from fairseq_lrn.models.lrn_lm import LRNLanguageModelConfig
@@ -49,23 +49,14 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(data, tmp_path_factory):
-    """Run the script in a folder of its own, writing to work/ there."""
-    cwd = tmp_path_factory.mktemp("cwd")
-
-    def run(*words, **settings):
-        env = {**os.environ, "PYTHONWARNINGS": "ignore", "WIKITEXT2": str(data), "WORK": "work", "SMALL": "1"}
-        return subprocess.run(
-            ["bash", str(EXAMPLE / "wikitext2.sh"), *words],
-            cwd=cwd, env={**env, "MAX_EPOCH": "1", **settings}, capture_output=True, text=True,
-        )  # fmt: skip
-
-    run.work = cwd / "work"
-    return run
+    return Recipe(
+        "language_modeling", tmp_path_factory.mktemp("cwd"), WIKITEXT2=str(data), SMALL="1", MAX_EPOCH="1"
+    )
 
 
 @pytest.fixture(scope="module")
 def done(recipe):
-    result = recipe("lrn", "--", *SHORT)
+    result = recipe("wikitext2.sh", "lrn", "--", *SHORT)
     assert result.returncode == 0, result.stderr[-4000:]
     return result
 
@@ -95,7 +86,7 @@ def test_halves_are_the_test_text_cut_before_an_article(recipe, data, done):
 def test_a_second_run_repeats_the_table_only(recipe, done):
     files = [path for folder in ("lrn", "bin", "raw") for path in (recipe.work / folder).iterdir()]
     before = {path: path.stat().st_mtime_ns for path in files}
-    again = recipe("lrn", "--", *SHORT)
+    again = recipe("wikitext2.sh", "lrn", "--", *SHORT)
     assert again.returncode == 0, again.stderr[-4000:]
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert again.stdout.splitlines() == done.stdout.splitlines()[-3:]
@@ -110,7 +101,7 @@ def test_a_second_run_repeats_the_table_only(recipe, done):
     ],
 )
 def test_errors(recipe, words, settings, expected):
-    result = recipe(*words, **{"WORK": "other", **settings})
+    result = recipe("wikitext2.sh", *words, **{"WORK": "other", **settings})
     assert result.returncode != 0
     assert expected in result.stderr
 

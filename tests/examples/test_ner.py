@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from recipes import Recipe
 from seqeval.metrics.sequence_labeling import get_entities
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples/ner"
@@ -114,21 +115,12 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(data, tmp_path_factory):
-    cwd = tmp_path_factory.mktemp("cwd")
-
-    def run(*words, **settings):
-        env = {**os.environ, "PYTHONWARNINGS": "ignore", "CONLL2003": str(data), "WORK": "work",
-               "MAX_UPDATE": "150", **settings}  # fmt: skip
-        command = ["bash", str(FOLDER / "conll2003.sh"), *words]
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
-
-    run.work = cwd / "work"
-    return run
+    return Recipe("ner", tmp_path_factory.mktemp("cwd"), CONLL2003=str(data), MAX_UPDATE="150")
 
 
 @pytest.fixture(scope="module")
 def done(recipe):
-    return recipe("lrn", "--", *SMALL)
+    return recipe("conll2003.sh", "lrn", "--", *SMALL)
 
 
 def test_the_table_has_a_row_a_unit(done):
@@ -151,7 +143,7 @@ def test_every_word_of_every_sentence_is_tagged(recipe, done):
 
 def test_a_second_run_repeats_the_table_only(recipe, done):
     before = {path: path.stat().st_mtime_ns for path in recipe.work.rglob("*") if path.is_file()}
-    again = recipe("lrn", "--", *SMALL)
+    again = recipe("conll2003.sh", "lrn", "--", *SMALL)
     assert again.returncode == 0, again.stderr[-4000:]
     assert {path: path.stat().st_mtime_ns for path in recipe.work.rglob("*") if path.is_file()} == before
     assert again.stdout == done.stdout
@@ -162,7 +154,7 @@ def test_another_f1_than_seqevals_is_an_error(recipe, done):
     text = score.read_text()
     score.write_text(text + "12.34\n")
     try:
-        again = recipe("lrn", "--", *SMALL)
+        again = recipe("conll2003.sh", "lrn", "--", *SMALL)
     finally:
         score.write_text(text)
     assert again.returncode != 0
@@ -193,7 +185,7 @@ def test_missing_folder_and_file(recipe, tmp_path):
         ("", "must name the folder"),
         (str(tmp_path), "neither eng.train nor eng.train.gz"),
     ):
-        failed = recipe(CONLL2003=folder, WORK=str(tmp_path / "work"))
+        failed = recipe("conll2003.sh", CONLL2003=folder, WORK=str(tmp_path / "work"))
         assert failed.returncode != 0
         assert words in failed.stderr
         assert "failed in step: words and tags" in failed.stderr

@@ -3,11 +3,11 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from recipes import Recipe
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "reading_comprehension"
 sys.path.insert(0, str(FOLDER))
@@ -110,23 +110,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def recipe(data, tmp_path_factory):
-    """Run the script in a folder of its own, writing to work/ there."""
-    cwd = tmp_path_factory.mktemp("cwd")
-
-    def run(*words, **settings):
-        env = {
-            **os.environ,
-            "PYTHONWARNINGS": "ignore",
-            "XQUAD": str(data),
-            "WORK": "work",
-            "MAX_EPOCH": "1",
-            **settings,
-        }
-        script = ["bash", str(FOLDER / "squad.sh"), *words]
-        return subprocess.run(script, cwd=cwd, env=env, capture_output=True, text=True)
-
-    run.work = cwd / "work"
-    return run
+    return Recipe("reading_comprehension", tmp_path_factory.mktemp("cwd"), XQUAD=str(data), MAX_EPOCH="1")
 
 
 SHORT = ["--", "--encoder-hidden-size", "8", "--log-interval", "1"]
@@ -134,7 +118,7 @@ SHORT = ["--", "--encoder-hidden-size", "8", "--log-interval", "1"]
 
 @pytest.fixture(scope="module")
 def done(recipe):
-    return recipe("lrn", *SHORT)
+    return recipe("squad.sh", "lrn", *SHORT)
 
 
 def test_table(recipe, done):
@@ -168,7 +152,7 @@ def test_every_article_is_in_one_split_and_every_question_is_answered(recipe, do
 def test_a_second_run_repeats_the_table_only(recipe, done):
     files = list(recipe.work.glob("*/*"))
     before = {path: path.stat().st_mtime_ns for path in files}
-    again = recipe("lrn", *SHORT)
+    again = recipe("squad.sh", "lrn", *SHORT)
     assert again.returncode == 0, again.stderr[-4000:]
     assert {path: path.stat().st_mtime_ns for path in files} == before
     assert again.stdout == done.stdout
@@ -176,13 +160,13 @@ def test_a_second_run_repeats_the_table_only(recipe, done):
 
 def test_other_settings_are_no_reason_to_train_on(recipe, done):
     for words, settings in ((["lrn"], {}), (["lrn", *SHORT], {"MAX_EPOCH": "2"})):
-        failed = recipe(*words, **settings)
+        failed = recipe("squad.sh", *words, **settings)
         assert failed.returncode != 0
         assert "is of another training, MAX_EPOCH=1 --encoder-hidden-size 8" in failed.stderr
 
 
 def test_a_failure_names_its_step(recipe, done):
-    failed = recipe("gru", "atr", "--", "--no-such-option")
+    failed = recipe("squad.sh", "gru", "atr", "--", "--no-such-option")
     assert failed.returncode != 0
     assert failed.stderr.count("== training") == 1
     assert "failed in step: training gru" in failed.stderr
@@ -197,7 +181,7 @@ def test_a_failure_names_its_step(recipe, done):
     ],
 )
 def test_missing_data(recipe, tmp_path, settings, words, step):
-    failed = recipe("lrn", WORK=str(tmp_path / "work"), **settings)
+    failed = recipe("squad.sh", "lrn", WORK=str(tmp_path / "work"), **settings)
     assert failed.returncode != 0
     assert words in failed.stderr
     assert f"failed in step: {step}" in failed.stderr
@@ -205,6 +189,6 @@ def test_missing_data(recipe, tmp_path, settings, words, step):
 
 def test_too_few_articles(recipe, tmp_path):
     (tmp_path / "xquad.en.json").write_text(json.dumps({"data": [made(i) for i in range(9)]}))
-    failed = recipe("lrn", WORK=str(tmp_path / "work"), XQUAD=str(tmp_path))
+    failed = recipe("squad.sh", "lrn", WORK=str(tmp_path / "work"), XQUAD=str(tmp_path))
     assert "has 9 articles, but must have at least 10" in failed.stderr
     assert "failed in step: splits" in failed.stderr
