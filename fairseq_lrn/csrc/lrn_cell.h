@@ -23,7 +23,7 @@
 namespace lrn {
 
 // exp(x) = scale * (1 + fraction), with scale a power of two and |fraction| < 0.42. A NaN goes to
-// fraction; x must be in [-87, 89], where 89 gives an infinite scale.
+// fraction; x must be in [-87, 89], and from 88.4 on scale is infinite.
 struct SplitExp {
   float scale, fraction;
 };
@@ -62,7 +62,7 @@ LRN_HD float exp_of_negative(float x) {
 
 LRN_HD float sigmoid(float x) {
   const SplitExp e = split_exp(clamp(-x, -87.0f, 89.0f));
-  return 1.0f / (1.0f + (e.scale * e.fraction + e.scale));
+  return 1.0f / (1.0f + e.scale * (1.0f + e.fraction));  // as a sum, infinite scales could cancel
 }
 
 LRN_HD float tanh(float x) {

@@ -29,6 +29,8 @@ def lrn_scan_reference(
     for direction in range(directions):
         start = direction * parts * size
         qkv = projections[:, :, start : start + parts * size].to(state_dtype)
+        if padding_mask is not None:  # where it is not finite, "where" below has no finite gradient
+            qkv = qkv.masked_fill(padding_mask.t().unsqueeze(2), 0.0)
         if initial_state is None:
             h = qkv.new_zeros([batch, size])
         else:

@@ -35,8 +35,9 @@ def lrn_scan(
 
     Where ``padding_mask`` is True, :math:`h_t = h_{t-1}` and the projections are not read.
 
-    Differentiable once in ``projections`` and ``initial_state``; TorchScript and ``torch.compile`` take it
-    as one operator. The state is kept in float32 (float64 for float64 input) whatever the tensors hold.
+    Differentiable once in ``projections`` and ``initial_state``, by autograd but neither by ``torch.func``
+    nor forward; TorchScript and ``torch.compile`` take it as one operator. The state is kept in float32
+    (float64 for float64 input) whatever the tensors hold.
 
     Args:
         projections: (T, B, 3·D), q | k | v along the last axis, or (T, B, 4·D), q | k | v | o, with

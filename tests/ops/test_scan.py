@@ -104,7 +104,23 @@ def test_definition(options, dtype, device):
 
 
 def test_instruction_sets(rerun_on_instruction_set):
-    rerun_on_instruction_set("definition or not_finite or rounding")
+    rerun_on_instruction_set("definition or not_finite or rounding or any_gate")
+
+
+@pytest.mark.parametrize("gate", ["i", "f", "o"])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_any_gate(dtype, gate, device):
+    """Gates are what they should be, and their derivatives, from far below 0 to far above."""
+    x = torch.linspace(-110, 110, 100_001, dtype=torch.float64).to(device, dtype)
+    projections, state = torch.zeros(4, len(x)).to(x), torch.ones(1, len(x)).to(x)
+    projections["fi o".index(gate)] = x
+    projections[2] = 1
+    inputs = (projections.view(1, 1, -1), state, None, torch.ones_like(state)[None])
+    options = {"output_gate": True, "activation": "identity"}
+    results = run(lrn_scan, *inputs, options)
+    expected = run(lrn_scan_reference, *map(double, inputs), options)
+    for result, right in zip(results, expected):
+        torch.testing.assert_close(result.double(), right, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -224,6 +240,16 @@ def test_padding_never_changes_a_sentence(problem, kind):
         assert torch.equal(result, right)
     assert not grad_projections[mask.transpose(0, 1)].any()
     assert not output.isnan().any()
+
+
+def test_the_definition_does_not_read_padding():
+    projections, state, mask, grad = make(6, 4, 5, {}, "anywhere")
+    padding = mask.t().unsqueeze(2)
+    zeros, nans = (
+        run(lrn_scan_reference, projections.masked_fill(padding, value), state, mask, grad, {})
+        for value in (0.0, float("nan"))
+    )
+    assert padding.any() and all(torch.equal(a, b) for a, b in zip(nans, zeros))
 
 
 @fast
