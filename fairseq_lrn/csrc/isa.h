@@ -35,7 +35,11 @@ inline const Isa kIsa = pick_isa();
 
 }  // namespace lrn
 
+#if defined(__clang__)
+#define LRN_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,fma"
+#else  // GCC takes shorter vectors unless told
 #define LRN_AVX512 "avx512f,avx512bw,avx512vl,avx512dq,fma,prefer-vector-width=512"
+#endif
 #define LRN_EACH_ISA(ENTRY)                        \
   ENTRY(default, )                                 \
   ENTRY(avx2, __attribute__((target("avx2,fma")))) \

@@ -129,8 +129,7 @@ Tensor lrn::linear(const Tensor& input, const Tensor& weight, const OptionalTens
 }
 
 TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
-        {at::Tag::pt2_compliant_tag});
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) { m.impl("linear", lrn::linear); }

@@ -73,7 +73,7 @@ struct BackwardArgs {
 };
 
 // The hardware's own instructions. Largest relative errors by the PTX manual: ex2 2^-22, rcp 2^-23,
-// tanh 2^-11; ex2 and rcp flush subnormal numbers to zero.
+// tanh 2^-11; ex2 and rcp flush subnormal numbers to zero; tanh is there from Turing (7.5) on.
 #if defined(__CUDACC__)
 LRN_HD float ex2_approx(float x) {
   float y;
@@ -88,9 +88,13 @@ LRN_HD float rcp_approx(float x) {
 }
 
 LRN_HD float tanh_approx(float x) {
+#if __CUDA_ARCH__ >= 750
   float y;
   asm("tanh.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
+#else
+  return 1.0f - 2.0f * rcp_approx(1.0f + ex2_approx(2.88539008f * x));
+#endif
 }
 
 // Copies kBytes (4, 8 or 16) to shared memory, some time before the thread waits for it.

@@ -163,7 +163,7 @@ class Layer {
 
   Tensor norm(const Tensor& x, int parameter) const {
     const Tensor &weight = parameters_[parameter], &bias = parameters_[parameter + 1];
-    TORCH_CHECK(weight.numel() == x.size(2) && bias.numel() == x.size(2),
+    TORCH_CHECK(x.size(2) > 0 && weight.numel() == x.size(2) && bias.numel() == x.size(2),
                 "lrn_layers: parameters do not fit input");
     const Tensor y = at::empty(x.sizes(), x.options());
     const Norm a{data(x), data(weight), data(bias), y.data_ptr<float>(), x.size(2)};
@@ -234,6 +234,7 @@ std::tuple<Tensor, Tensor, Tensor> decoder_step(const Tensor& input, const Tenso
 
   const Tensor keys = keys_values[0].contiguous(), values = keys_values[1].contiguous();
   const Tensor query = layer.linear(layer.norm(x, kAttentionNorm), kQuery);
+  TORCH_CHECK(query.sizes() == x.sizes(), "lrn_decoder_step: parameters do not fit input");
   const Tensor found = at::empty(x.sizes(), x.options());
   Tensor weights;
   if (need_weights) {
@@ -260,13 +261,11 @@ std::tuple<Tensor, Tensor, Tensor> decoder_step(const Tensor& input, const Tenso
 TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
   m.def(
       "lrn_encoder_layer(Tensor input, Tensor? padding_mask, Tensor[] parameters, *, str "
-      "activation, bool output_gate) -> Tensor",
-      {at::Tag::pt2_compliant_tag});
+      "activation, bool output_gate) -> Tensor");
   m.def(
       "lrn_decoder_step(Tensor input, Tensor state, Tensor keys_values, Tensor? "
       "encoder_padding_mask, Tensor[] parameters, *, str activation, bool output_gate, bool "
-      "need_weights) -> (Tensor, Tensor, Tensor)",
-      {at::Tag::pt2_compliant_tag});
+      "need_weights) -> (Tensor, Tensor, Tensor)");
 }
 
 TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) {
