@@ -51,8 +51,8 @@ class StepAttention(nn.Module):
             scores = nn.functional.linear((query + keys[:, :, None]).tanh_(), weight).permute(1, 2, 3, 0)
         else:
             heads = (self.num_heads, keys.size(2) // self.num_heads)
-            scores = torch.einsum("bnhd,sbhd->bnhs", query.unflatten(2, heads), keys.unflatten(2, heads))
-            scores = scores * heads[1] ** -0.5
+            query = query.unflatten(2, heads) * heads[1] ** -0.5
+            scores = torch.einsum("bnhd,sbhd->bnhs", query, keys.unflatten(2, heads))
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask[:, None, None], float("-inf"))
         return scores.flatten(0, 1)

@@ -53,7 +53,7 @@ class LRN(nn.Module):
     activation, the norms of the layers' weight gradients stay within a factor of 1.6 of each other (five
     seeds); with ``nn.GRU``'s U(-1/sqrt(H), 1/sqrt(H)) the first layer's is 1/20 to 1/50 of the last one's.
 
-    ``torch.jit.script`` takes it for tensors, not for a ``PackedSequence``, and needs the compiled operator.
+    ``torch.jit.script`` takes it for tensors, not for a ``PackedSequence``.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -102,9 +102,9 @@ class LRN(nn.Module):
             ("hidden_size", hidden_size),
             ("num_layers", num_layers),
         ):
-            if not isinstance(size, int) or size <= 0:
+            if type(size) is not int or size <= 0:
                 raise ValueError(f"{name} must be a positive int, got {size!r}")
-        if not isinstance(dropout, (int, float)) or not 0 <= dropout <= 1:
+        if type(dropout) not in (int, float) or not 0 <= dropout <= 1:
             raise ValueError(f"dropout must be a probability between 0 and 1, got {dropout!r}")
         if dropout > 0 and num_layers == 1:
             warnings.warn(
@@ -142,7 +142,7 @@ class LRN(nn.Module):
 
     def reset_parameters(self) -> None:
         """Xavier-uniform for the matrix of each gate and direction by itself, zero biases, unit ln_weight."""
-        for name, parameter in self.named_parameters():
+        for name, parameter in self.named_parameters(recurse=False):
             if name.startswith("weight_ih"):
                 for part in parameter.detach().split(self.hidden_size):
                     nn.init.xavier_uniform_(part)
@@ -232,7 +232,7 @@ class LRN(nn.Module):
         self._check(data, hx, [self._states(), int(batch_sizes[0]), self.hidden_size])
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
-        valid = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)
+        valid = torch.arange(int(batch_sizes[0]), device="cpu") < batch_sizes.unsqueeze(1)
         rows = valid.flatten().nonzero().squeeze(1).to(data.device)
         output, h_n = self._run(data, hx, valid.t().logical_not().to(data.device), rows)
         if unsorted_indices is not None:
@@ -247,7 +247,12 @@ class LRN(nn.Module):
             raise ValueError(f"input's last axis must be input_size={self.input_size}, got {input.size(-1)}")
         if hx is not None and list(hx.shape) != state_shape:
             raise ValueError(f"hx must have shape {state_shape}, got {list(hx.shape)}")
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
+        if not torch.jit.is_scripting():
+            device = self.weight_ih_l0.device
+            if input.device != device:
+                raise ValueError(f"input must be on {device} as the parameters are, but is on {input.device}")
+            if hx is not None and hx.device != device:
+                raise ValueError(f"hx must be on {device} as the parameters are, but is on {hx.device}")
             if not torch._C._is_any_autocast_enabled():
                 dtype = self.weight_ih_l0.dtype
                 if input.dtype != dtype:
@@ -294,7 +299,7 @@ class LRN(nn.Module):
         if len(finals) > 0:
             h_n = torch.stack(finals)
         elif hx is not None:
-            h_n = hx
+            h_n = hx.to(x.dtype, copy=True)
         else:
             h_n = x.new_zeros(self._states(), x.size(1), size)
         return x, h_n

@@ -149,7 +149,7 @@ class Unrolled(nn.Module):
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """As :meth:`LRN.forward` on (T, B, C): output (T, B, D·H) and last states (D, B, H)."""
+        """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
         outputs, states = [], []
         for i, cell in enumerate(self.cells):
             projected = cell.project(input).unbind(0)
@@ -167,8 +167,9 @@ class Unrolled(nn.Module):
 class Native(nn.Module):
     """A layer ``nn.GRU`` or ``nn.LSTM``, which know of padding in packed sequences only.
 
-    On CUDA the sequences are packed. On the CPU, where training is then 1.4 to 6 times as slow, a direction
-    runs over the words and then over padding, which sets the gates such that the state is carried over.
+    On CUDA the sequences are packed, so that none may be all padding. On the CPU, where training is then 1.4
+    to 6 times as slow, a direction runs over the words and then over padding, which sets the gates such that
+    the state is carried over.
     """
 
     def __init__(self, rnn: nn.RNNBase) -> None:
@@ -206,7 +207,9 @@ class Native(nn.Module):
         input = torch.cat([input, padding.type_as(input)], 2)
         forward = _words_first(padding_mask)
         lengths = padding_mask.logical_not().sum(1)
-        backward = forward.gather(0, (lengths - 1 - torch.arange(len(forward))[:, None]) % len(forward))
+        backward = forward.gather(
+            0, (lengths - 1 - torch.arange(len(forward), device=forward.device)[:, None]) % len(forward)
+        )
         last = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, size)
         outputs, states = [], []
         for i, (weight_ih, *weights) in enumerate(self.rnn.all_weights):

@@ -27,9 +27,6 @@ DEVICES = [
 ]
 on_every_device = pytest.mark.parametrize("device", DEVICES)
 quiet_torchscript = pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
-needs_operator = pytest.mark.skipif(
-    not hasattr(torch.ops.fairseq_lrn, "lrn_scan"), reason="needs the compiled operator"
-)
 close = torch.testing.assert_close
 
 VARIANTS = [
@@ -307,6 +304,7 @@ def test_no_steps(with_state):
     output, h_n = rnn(torch.randn(0, 3, SIZE), hx if with_state else None)
     assert output.shape == (0, 3, 2 * HIDDEN)
     close(h_n, hx if with_state else torch.zeros_like(hx))
+    assert h_n is not hx
 
 
 def test_final_states_are_not_views_of_the_output():
@@ -455,7 +453,6 @@ def test_a_program_for_gru_changes_one_name(unit):
 
 
 @quiet_torchscript
-@needs_operator
 @on_every_device
 @every_variant
 def test_torchscript(device, options):
@@ -480,7 +477,6 @@ def test_torchscript(device, options):
 
 
 @quiet_torchscript
-@needs_operator
 def test_torchscript_inside_another_module():
     class Reader(nn.Module):
         def __init__(self):
@@ -495,7 +491,6 @@ def test_torchscript_inside_another_module():
     close(torch.jit.script(reader)(x), reader(x))
 
 
-@needs_operator
 def test_compiles_to_one_graph():
     rnn = make(bidirectional=True, layer_norm=True, batch_first=True)
     compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
@@ -511,7 +506,10 @@ def test_compiles_to_one_graph():
         close(*gradients)
 
 
-@needs_operator
+@pytest.mark.skipif(
+    not hasattr(torch.ops.fairseq_lrn, "lrn_scan"),
+    reason="the definition unrolls its steps",
+)
 def test_exports_with_dynamic_shapes():
     rnn = make(bidirectional=True)
     steps, batch = torch.export.Dim("steps"), torch.export.Dim("batch")
@@ -577,6 +575,27 @@ def test_parametrized_weight():
     with torch.no_grad():
         rnn.parametrizations.weight_ih_l0.original0.mul_(2)
     assert not torch.equal(rnn(x)[0], expected[0])
+    before = rnn.weight_ih_l0.clone()
+    rnn.reset_parameters()
+    close(rnn.weight_ih_l0, before)
+
+
+def test_reset_parameters_leaves_a_subclass_its_modules():
+    class Normalised(LRN):
+        def __init__(self):
+            super().__init__(SIZE, HIDDEN)
+            self.norm = nn.LayerNorm(HIDDEN)
+
+    rnn = Normalised()
+    rnn.reset_parameters()
+    assert rnn.norm.weight.eq(1).all()
+
+
+def test_packed_under_a_default_device():
+    rnn, x = LRN(SIZE, HIDDEN, device="meta"), PACKED.to("meta")
+    with torch.device("meta"):
+        output, h_n = rnn(x)
+    assert output.data.shape == (5, HIDDEN) and h_n.device.type == "meta"
 
 
 # ---------------------------------------------------------------- bad input
@@ -588,9 +607,9 @@ def test_parametrized_weight():
         *(
             (name, value)
             for name in ("input_size", "hidden_size", "num_layers")
-            for value in (0, -1, 2.0, "2")
+            for value in (0, -1, 2.0, "2", True)
         ),
-        *(("dropout", value) for value in (-0.1, 1.1, float("nan"), "0.5")),
+        *(("dropout", value) for value in (-0.1, 1.1, float("nan"), "0.5", True)),
         ("activation", "relu"),
     ],
 )
@@ -614,6 +633,9 @@ BATCH, PACKED = torch.zeros(6, 3, SIZE), pack_sequence([torch.zeros(3, SIZE), to
         ("input", pack_sequence([torch.zeros(3)]), None, None),
         ("input", BATCH.double(), None, None),
         ("input", BATCH.long(), None, None),
+        ("input", BATCH.to("meta"), None, None),
+        ("input", PACKED.to("meta"), None, None),
+        ("hx", BATCH, torch.zeros(2, 3, HIDDEN, device="meta"), None),
         ("hx", BATCH, torch.zeros(2, HIDDEN), None),
         ("hx", BATCH, torch.zeros(2, 4, HIDDEN), None),
         ("hx", BATCH, torch.zeros(1, 3, HIDDEN), None),
