@@ -11,7 +11,8 @@ from ._library import loaded
 def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tuple[Tensor, Tensor]:
     """Find the ``k`` greatest log-probabilities of each row: ``scores.log_softmax(1).topk(k)``.
 
-    On the CPU each row is read once and nothing of its length is written. There is no gradient.
+    On the CPU each row of float32 scores is read once and nothing of its length is written. There is no
+    gradient.
 
     Args:
         scores: (N, V), before the softmax, of any floating dtype; probabilities are computed in float32
@@ -23,7 +24,7 @@ def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tup
         are NaN or too few finite ones are left, the log-probability is minus infinity
 
     Raises:
-        ValueError: ``scores`` has not two axes, or ``k`` does not fit them
+        ValueError: ``scores`` has not two axes, or ``k`` or ``exclude`` does not fit them
     """
     if scores.dim() != 2:
         raise ValueError(f"scores must have 2 axes (N, V), got {scores.dim()}")
@@ -32,6 +33,8 @@ def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tup
             f"k must be between 1 and {scores.size(1) - len(exclude)}, the columns of scores that are not "
             f"excluded, got {k}"
         )
+    if any(not 0 <= column < scores.size(1) for column in exclude):
+        raise ValueError(f"exclude must be columns from 0 to {scores.size(1) - 1}, got {list(exclude)}")
     scores = scores.detach().float()
     if loaded and scores.device.type == "cpu":
         return torch.ops.fairseq_lrn.log_softmax_topk(scores, k, exclude)

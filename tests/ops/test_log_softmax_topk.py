@@ -114,6 +114,8 @@ def test_opcheck():
             (1,),
             "k must be between 1 and 4, the columns of scores that are not excluded",
         ),
+        (torch.zeros(2, 5), 1, (-1,), "exclude must be columns from 0 to 4, got [-1]"),
+        (torch.zeros(2, 5), 1, (0, 5), "exclude must be columns from 0 to 4, got [0, 5]"),
     ],
 )
 def test_errors(scores, k, exclude, words):
