@@ -59,7 +59,7 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     )
     quant_noise_pq: float = field(
         default=0.0,
-        metadata={"help": "iterative PQ quantization noise at training time, on all but recurrent weights"},
+        metadata={"help": "iterative PQ quantization noise at training time, on the layers' linear weights"},
     )
     quant_noise_pq_block_size: int = field(
         default=8, metadata={"help": "block size of quantization noise at training time"}

@@ -142,14 +142,15 @@ class LRNDecoder(FairseqIncrementalDecoder):
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
         if self.output_projection is None:
             return features
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
-            if self.generates and fit_operators(features):
+        if not torch.jit.is_scripting():
+            plain = self.generates and type(self.output_projection) is nn.Linear
+            if plain and fit_operators(features):
                 return torch.ops.fairseq_lrn.linear(features, self.output_projection.weight)
         return self.output_projection(features)
 
     def make_generation_fast_(self, **kwargs) -> None:
         """As fairseq calls it before it translates: from now on few rows of features have an operator."""
-        self.generates = loaded and type(self.output_projection) is nn.Linear
+        self.generates = loaded
 
     @torch.jit.export
     def reorder_incremental_state(

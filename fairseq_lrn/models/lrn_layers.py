@@ -1,6 +1,6 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -127,24 +127,32 @@ class Layer(nn.Module):
     """A block that is one C++ operator while it translates on the CPU.
 
     The operator knows LRN and oLRN, plain linear layers with ReLU between them, and neither dropout nor
-    gradients, nor hooks on the modules inside; ``forward`` is what defines it, and all else.
+    gradients, nor hooks on the modules inside; ``forward`` is what defines it, and all else. Parameters that
+    were replaced are followed; those that are pruned, parametrized or quantized are left to ``forward``.
     """
 
-    __jit_ignored_attributes__ = ("_operands",)
+    __jit_ignored_attributes__ = ("_places",)
 
     def __init__(self) -> None:
         super().__init__()
-        self._operands: Optional[List[Tensor]] = None
+        # of each operand: the modules that its own is one of, that one's name, and the parameter's
+        self._places: List[Tuple[Dict[str, nn.Module], str, str]] = []
 
     def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
         """As fairseq calls it before it translates: use the operator from now on, where it fits."""
-        parameters = list(self.parameters())
+        paths = [name.rpartition(".") for name, _ in self.named_parameters()]
+        kinds = [name.partition("_")[0] for _, _, name in paths]
         plain = isinstance(self.rnn, LRN) and self.ffn.activation_fn is F.relu and not retain_dropout
-        if loaded and plain and len(parameters) == self.num_parameters:
-            self._operands = parameters
+        if loaded and plain and kinds == ["weight", "bias"] * (self.num_parameters // 2):
+            for path, _, name in paths:
+                parent, _, child = path.rpartition(".")
+                self._places.append((self.get_submodule(parent)._modules, child, name))
 
-    def _has_operator(self, *tensors: Tensor) -> bool:
-        return self._operands is not None and fit_operators(*tensors)
+    def _operands(self, *tensors: Tensor) -> Optional[List[Tensor]]:
+        if not self._places or not fit_operators(*tensors):
+            return None
+        operands = [modules[child]._parameters.get(name) for modules, child, name in self._places]
+        return None if any(operand is None for operand in operands) else operands
 
 
 class LRNEncoderLayer(Layer):
@@ -166,12 +174,13 @@ class LRNEncoderLayer(Layer):
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """Map (T, B, C) to (T, B, C); padding_mask (B, T) is True at padding."""
-        if not torch.jit.is_scripting():  # noqa: SIM102, TorchScript would compile what follows an "and"
-            if self._has_operator(x):
+        if not torch.jit.is_scripting():
+            operands = self._operands(x)
+            if operands is not None:
                 return torch.ops.fairseq_lrn.lrn_encoder_layer(
                     x,
                     padding_mask,
-                    self._operands,
+                    operands,
                     activation=self.rnn.activation,
                     output_gate=self.rnn.output_gate,
                 )
@@ -223,14 +232,16 @@ class LRNDecoderLayer(Layer):
             (heads, N, T, S) or None
         """
         if not torch.jit.is_scripting():
-            known = state is not None and keys_values is not None and x.size(0) == 1
-            if known and self._has_operator(x, state, keys_values):
+            operands: Optional[List[Tensor]] = None
+            if state is not None and keys_values is not None and x.size(0) == 1:
+                operands = self._operands(x, state, keys_values)
+            if operands is not None:
                 x, state, attn = torch.ops.fairseq_lrn.lrn_decoder_step(
                     x,
                     state,
                     keys_values,
                     encoder_padding_mask,
-                    self._operands,
+                    operands,
                     activation=self.rnn.activation,
                     output_gate=self.rnn.output_gate,
                     need_weights=need_attn,

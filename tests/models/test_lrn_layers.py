@@ -7,6 +7,7 @@ import torch
 from batches import SMALL, task
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.utils import prune
 
 from fairseq_lrn.models import LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
@@ -72,7 +73,7 @@ def test_operator_equals_the_layer(kind, data):
     with torch.no_grad():
         expected = layer(*arguments)
         layer.make_generation_fast_()
-        assert layer._operands is not None
+        assert layer._places
         found = layer(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -119,6 +120,48 @@ def test_what_the_operator_does_not_know_is_the_layers_own(kind, options, call):
         assert not uses_operator(layer, inputs(layer))
 
 
+def sparsify(layer):
+    prune.random_unstructured(layer.ffn.fc1, "weight", 0.5)
+
+
+def parametrize(layer):
+    torch.nn.utils.parametrizations.weight_norm(layer.rnn, "weight_ih_l0")
+    with torch.no_grad():
+        layer.rnn.parametrizations.weight_ih_l0.original0.mul_(2)
+
+
+def quantize(layer):
+    torch.ao.quantization.quantize_dynamic(layer, {torch.nn.Linear}, inplace=True)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.*TypedStorage")
+@pytest.mark.parametrize("change", [sparsify, parametrize, quantize])
+@pytest.mark.parametrize("kind", LAYERS)
+def test_changed_weights_are_the_layers_own(kind, change):
+    before, after = build(kind), build(kind)
+    change(before)
+    for layer in (before, after):
+        layer.make_generation_fast_()
+    torch.manual_seed(0)
+    change(after)
+    after.load_state_dict(before.state_dict())
+    arguments = inputs(build(kind))
+    with torch.no_grad():
+        assert not uses_operator(before, arguments) and not uses_operator(after, arguments)
+        torch.testing.assert_close(after(*arguments), before(*arguments))
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_replaced_parameters_are_followed(kind):
+    layer, other = build(kind), build(kind, seed=1)
+    layer.make_generation_fast_()
+    layer.load_state_dict(other.state_dict(), assign=True)
+    arguments = inputs(layer)
+    with torch.no_grad():
+        assert uses_operator(layer, arguments)
+        torch.testing.assert_close(layer(*arguments), other(*arguments), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize("kind", LAYERS)
 def test_other_layers_in_the_place_of_linear_ones_are_kept(kind):
     layer = build(kind)
@@ -161,6 +204,8 @@ def test_bad_input_is_refused():
         {"parameters": parameters[:-1]},
         {"parameters": parameters[2:] + parameters[:2]},
         {"parameters": [p.t() for p in parameters]},
+        {"parameters": [p[:1] if i in (12, 13) else p for i, p in enumerate(parameters)]},  # the query's
+        {"x": x[..., :0], "state": state[..., :0], "keys_values": keys_values[:, :, :, :, :0]},
     ):
         with pytest.raises(RuntimeError):
             run(**bad)
