@@ -71,12 +71,19 @@ class LRNTaggerModel(BaseFairseqModel):
     def get_losses(self, net_output: Dict[str, Tensor], sample: Dict[str, Any]) -> Dict[str, Tensor]:
         """Return the negative log-likelihood of ``sample["target"]`` (B, T), summed over the batch."""
         tags = (sample["target"] - self.first_tag).clamp(min=0)  # any tag at padding, which does not count
-        return {"nll": -self.crf(net_output["emissions"], tags, net_output["mask"])}
+        nll = -self._log_probability(net_output, tags).sum()
+        # one word has no transition, and DistributedDataParallel wants a gradient of every parameter
+        return {"nll": nll + 0 * self.crf.transitions.float().sum()}
 
     def decode(self, net_output: Dict[str, Tensor]) -> List[Tuple[Tensor, Tensor]]:
         """Return each sentence's most probable tags (T_i,), found by Viterbi, and their log-probability."""
-        emissions, mask = net_output["emissions"], net_output["mask"]
+        emissions, mask = net_output["emissions"].float(), net_output["mask"]
         paths = [torch.tensor(path, device=mask.device) for path in self.crf.decode(emissions, mask)]
-        padded = nn.utils.rnn.pad_sequence(paths, batch_first=True)
-        scores = self.crf(emissions, padded, mask, reduction="none")
+        scores = self._log_probability(net_output, nn.utils.rnn.pad_sequence(paths, batch_first=True))
         return [(path + self.first_tag, score) for path, score in zip(paths, scores)]
+
+    def _log_probability(self, net_output: Dict[str, Tensor], tags: Tensor) -> Tensor:
+        # In float32 whatever the parameters are: a half type is too coarse for sums over a sentence.
+        parameters = {name: parameter.float() for name, parameter in self.crf.named_parameters()}
+        arguments = (net_output["emissions"].float(), tags, net_output["mask"])
+        return torch.func.functional_call(self.crf, parameters, arguments, {"reduction": "none"})

@@ -37,7 +37,8 @@ class WordEncoder(nn.Module):
         max_word_length: bytes given of each word, where ``cfg.char_embed_dim`` is not 0
 
     Raises:
-        ValueError: sizes that are not positive, an activation that the unit has not, vectors of another width
+        ValueError: sizes that are not positive, words of less than 3 bytes, an activation that the unit has
+            not, vectors of another width
     """
 
     def __init__(self, cfg: WordEncoderConfig, dictionary: Dictionary, max_word_length: int = 0) -> None:
@@ -51,10 +52,14 @@ class WordEncoder(nn.Module):
         size = cfg.encoder_embed_dim
         self.embed_chars = None
         if cfg.char_embed_dim > 0:
+            if max_word_length < 3:
+                raise ValueError(f"--max-word-length is {max_word_length}, but must be at least 3")
             width = 2 * cfg.char_embed_dim
             self.embed_chars = CharacterTokenEmbedder(
                 None, [(3, width)], cfg.char_embed_dim, width, 0, max_word_length, char_inputs=True
             )
+            # never read, and DistributedDataParallel wants a gradient of every parameter
+            self.embed_chars.symbol_embeddings.requires_grad_(False)
             size += width
         self.dropout = LockedDropout(cfg.dropout)
         self.rnn = StackedRecurrent(

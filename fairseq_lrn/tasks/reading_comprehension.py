@@ -42,15 +42,13 @@ class ReadingComprehensionTask(FairseqTask):
     ``em`` and ``f1``, the percentages of SQuAD's evaluation script.
 
     Raises:
-        ValueError: a length is too small
+        ValueError: ``cfg.max_answer_length`` is not positive
     """
 
     def __init__(self, cfg: ReadingComprehensionConfig, dictionary: Dictionary) -> None:
         super().__init__(cfg)
-        for option, least in (("max_word_length", 3), ("max_answer_length", 1)):
-            if getattr(cfg, option) < least:
-                name = option.replace("_", "-")
-                raise ValueError(f"--{name} is {getattr(cfg, option)}, but must be at least {least}")
+        if cfg.max_answer_length < 1:
+            raise ValueError(f"--max-answer-length is {cfg.max_answer_length}, but must be at least 1")
         self.dictionary = dictionary
 
     @classmethod

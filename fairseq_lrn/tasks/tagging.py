@@ -10,6 +10,7 @@ import torch
 from fairseq.data import Dictionary, LanguagePairDataset
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
+from fairseq.logging.meters import safe_round
 from fairseq.modules.character_token_embedder import CHAR_PAD_IDX
 from fairseq.tasks import FairseqTask, register_task
 from fairseq.tokenizer import tokenize_line
@@ -235,7 +236,7 @@ class TaggingTask(FairseqTask):
 def f1(meters: Dict[str, Any]) -> float:
     """Return 200 · correct / (predicted + actual), to two places, 0 where there are no entities."""
     total = meters["_entities"].sum
-    return round(200 * meters["_correct_entities"].sum / total, 2) if total else 0.0
+    return safe_round(200 * meters["_correct_entities"].sum / total, 2) if total else 0.0
 
 
 def read_sentences(

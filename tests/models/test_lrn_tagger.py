@@ -107,8 +107,6 @@ def test_batch_mates_do_not_matter(cell, device):
 def test_every_unit_learns(cell):
     """Each parameter gets a gradient, and the loss of one batch falls."""
     model, sample = build(cell=cell, dropout=0.0), batch([4, 1, 7, 2])
-    # nothing reads fairseq's embeddings of </s> and <unk>
-    unused = {"encoder.embed_chars.symbol_embeddings"}
     optimizer = torch.optim.Adam(model.parameters(), 0.02)
     losses = []
     for _ in range(15):
@@ -118,8 +116,33 @@ def test_every_unit_learns(cell):
         optimizer.step()
         losses.append(float(loss))
     assert losses[-1] < losses[0] / 2
-    without = {name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()}
-    assert without == unused
+    assert all(p.grad.any() for p in model.parameters() if p.requires_grad)
+
+
+def test_sentences_of_one_word_leave_no_parameter_without_gradient():
+    model, sample = build(), batch([1, 1])
+    model.get_losses(model(**sample["net_input"]), sample)["nll"].backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types_sum_over_a_sentence_in_float32(dtype):
+    model, sample = build(), batch([120, 50])
+    model.crf.to(dtype)
+    generator = torch.Generator().manual_seed(1)
+    emissions = (4 * torch.randn(2, 120, 3, generator=generator)).to(dtype)
+    results = []
+    for wide in (False, True):
+        if wide:
+            model.crf.float()
+        x = emissions.float() if wide else emissions
+        x = x.detach().requires_grad_()
+        net_output = {"emissions": x, "mask": sample["net_input"]["src_tokens"].ne(WORDS.pad())}
+        loss = model.get_losses(net_output, sample)["nll"]
+        (gradient,) = torch.autograd.grad(loss, x)
+        tags, scores = zip(*model.decode(net_output))
+        results.append((loss, gradient.to(dtype).float(), tags, scores))
+    torch.testing.assert_close(*results)
 
 
 def test_words_alone():

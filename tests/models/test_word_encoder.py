@@ -50,6 +50,11 @@ def test_bytes_tell_words_of_one_id_apart():
     assert not torch.allclose(model(tokens, one)[0], model(tokens, other)[0])
 
 
+def test_words_in_too_few_bytes():
+    with pytest.raises(ValueError, match="--max-word-length is 2, but must be at least 3"):
+        WordEncoder(WordEncoderConfig(**SMALL, char_embed_dim=4), dictionary(), 2)
+
+
 def test_both_directions_reach_every_word():
     model = encoder()
     tokens = sentences([5], model.padding_idx)

@@ -177,12 +177,17 @@ def test_counts_of_several_workers_add_up(data):
     """Each log is of another worker; a mean of their F1 would be 50."""
     task = make_task(data)
     logs = [{"_correct_entities": 9, "_entities": 18}, {"_correct_entities": 0, "_entities": 2}]
+    synchronised = {"_correct_entities": torch.tensor(1.0), "_entities": torch.tensor(4.0)}
     base = {"loss": 1.0, "ntokens": 3, "nsentences": 1, "sample_size": 3, "_world_size": 1}
 
     class Criterion:
         reduce_metrics = staticmethod(lambda logs: None)
 
-    for counted, expected in ((logs, 90.0), ([{"_correct_entities": 0, "_entities": 0}], 0.0)):
+    for counted, expected in (
+        (logs, 90.0),
+        ([synchronised], 50.0),
+        ([{"_correct_entities": 0, "_entities": 0}], 0.0),
+    ):
         with metrics.aggregate() as meters:
             task.reduce_metrics([{**base, **log} for log in counted], Criterion())
         assert meters.get_smoothed_values()["f1"] == expected
