@@ -99,8 +99,8 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
                 self.output_projection = MixtureOfSoftmaxes(
                     hidden_size, cfg.mixture_of_softmaxes, self.output_projection
                 )
-        # block and states (L, B, S) that the last batch of a text ended with, in training and in evaluation
-        self.carried: Dict[bool, Tuple[int, Tensor]] = {}
+        # in training and in evaluation: states (L, B, S) that the last block and the next begin with
+        self.carried: Dict[bool, Dict[int, Optional[Tensor]]] = {True: {}, False: {}}
 
     def forward(
         self,
@@ -118,8 +118,8 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
             incremental_state: keeps the states between calls that decode word by word
             src_lengths: not used
             block: number, from 0, of the block of text in each row's stream: the states that the block before
-                ended with are carried on, detached, if that was the last one read in the same mode, training
-                or evaluation; else the states are zeros, as they are with None
+                ended with are carried on, detached, if that or this was the last one read in the same mode,
+                training or evaluation; else the states are zeros, as they are with None
 
         Returns:
             scores (B, T, V), log-probabilities with a mixture of softmaxes, features (B, T, C) with adaptive
@@ -149,9 +149,9 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         else:
             padding_mask = find_padding(prev_output_tokens, self.embed_tokens.padding_idx)
         if block is not None:
-            last, carried = self.carried.get(self.training, (None, None))
-            if last == block - 1:
-                states = carried[:, : prev_output_tokens.size(0)]
+            states = self.carried[self.training].get(block)
+            if states is not None:
+                states = states[:, : prev_output_tokens.size(0)]
 
         tokens = prev_output_tokens.t()
         x = self.embed_scale * self.embed_tokens(tokens)
@@ -168,7 +168,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         if incremental_state is not None:
             self.set_incremental_state(incremental_state, "states", {"states": torch.cat(last_states)})
         if block is not None:
-            self.carried[self.training] = (block, torch.cat(last_states).detach())
+            self.carried[self.training] = {block: states, block + 1: torch.cat(last_states).detach()}
         return x.transpose(0, 1), None
 
     def output_layer(self, features: Tensor) -> Tensor:

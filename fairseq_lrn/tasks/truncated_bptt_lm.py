@@ -18,7 +18,8 @@ class TruncatedBPTTLMTask(LanguageModelingTask):
     streams as all processes together have rows in a batch, ``--batch-size`` each. The streams' numbers of
     blocks differ by one at most; nothing of the text is left out. Batch n of an epoch holds block n of every
     stream that has one, and the model begins it with the states that block n - 1 ended with, block 0 with
-    zeros. A training that goes on from a checkpoint in the middle of an epoch begins there with zeros.
+    zeros. A training that goes on from a checkpoint in the middle of an epoch begins there with zeros, and so
+    does an update of several blocks (``--update-freq``) that overflowed and that ``--amp`` tries again.
 
     ``fairseq-eval-lm`` reads the text as one stream, whatever ``--batch-size`` is, so that the result does
     not depend on ``--tokens-per-sample`` either.

@@ -55,6 +55,7 @@ def test_only_the_block_before_in_the_same_mode_is_carried_on():
     model.train()(tokens[:, :5], block=0)
     torch.testing.assert_close(model.eval()(tokens[:, 5:], block=1)[0], alone)  # training has its own state
     torch.testing.assert_close(model.train()(tokens[:, 5:], block=1)[0], whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(model(tokens[:, 5:], block=1)[0], whole, rtol=1e-5, atol=1e-5)  # once more
     torch.testing.assert_close(model(tokens[:, 5:], block=3)[0], alone)  # block 2 was not read
     torch.testing.assert_close(model(tokens[:, 5:])[0], alone)
 
