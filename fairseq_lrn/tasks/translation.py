@@ -98,7 +98,7 @@ class BeamSearchGenerator(SequenceGenerator):
 
             attn = extra["attn"][0]
             if attn is not None:
-                history.attn.append(attn[:, -1])
+                history.attn.append(attn[:, -1].float().cpu().numpy())
             ends = (words == self.eos) & (sums > -np.inf)
             if ends.any():
                 group, column = np.nonzero(ends[:, :beam])
@@ -138,7 +138,7 @@ class _History:
         self.parents: List[np.ndarray] = []
         self.words: List[np.ndarray] = []
         self.totals: List[np.ndarray] = []
-        self.attn: List[Tensor] = []
+        self.attn: List[np.ndarray] = []
 
     def read(self, rows: np.ndarray, totals: np.ndarray, eos: int, device: torch.device) -> List[Hypothesis]:
         """Return the hypotheses that end now, after ``rows``, with ``totals``; scores are not normalized."""
@@ -153,8 +153,8 @@ class _History:
         positional, scores = positional.to(device), torch.from_numpy(totals.copy()).to(device)
         attn = torch.empty(len(totals), 0)
         if self.attn:
-            steps = [x[torch.from_numpy(path).to(device)] for x, path in zip(self.attn, paths[::-1])]
-            attn = torch.stack(steps, 2)
+            steps = [x[path] for x, path in zip(self.attn, paths[::-1])]
+            attn = torch.from_numpy(np.stack(steps, 2)).to(device)
         return [
             {
                 "tokens": tokens[i],
@@ -169,7 +169,7 @@ class _History:
 
 @register_task("lrn_translation", dataclass=TranslationConfig)
 class LRNTranslationTask(TranslationTask):
-    """fairseq's ``translation`` with :class:`BeamSearchGenerator`: the same results, sooner."""
+    """fairseq's ``translation`` with :class:`BeamSearchGenerator`: sooner; in float32 the same results."""
 
     def build_generator(self, models, args, seq_gen_cls=None, **kwargs):
         """As fairseq's task does, with :class:`BeamSearchGenerator` where it takes ``SequenceGenerator``."""

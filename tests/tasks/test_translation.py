@@ -59,6 +59,15 @@ def test_fairseqs_hypotheses(device, beam_size, model_class):
     assert len({len(x["tokens"]) for beam in found for x in beam}) > 1
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_types(dtype):
+    model, sample = build()
+    found = BeamSearchGenerator([model.to(dtype)], task().target_dictionary).generate([model], sample)
+    for beam in found:
+        for x in beam:
+            assert x["attention"].dtype == x["score"].dtype == x["positional_scores"].dtype == torch.float32
+
+
 @pytest.mark.parametrize(
     "options",
     [
