@@ -344,6 +344,7 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
                     "--share-all-embeddings", "--dropout", 0.1, "--optimizer", "adam", "--lr", 1e-4,
                     "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
                     "--max-tokens", 8192, "--max-update", updates, "--required-batch-size-multiple", 1,
+                    "--distributed-world-size", 1,
                     "--no-save", "--disable-validation", "--log-format", "json",
                     "--log-interval", updates // 4, "--seed", 1, "--fp16" if CUDA else "--cpu",
                 )  # fmt: skip

@@ -1,5 +1,6 @@
 """Average the parameters of a run's last N epoch checkpoints: python average.py RUN N OUTPUT."""
 
+import os
 import re
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def average(run: Path, count: int, output: Path) -> None:
     if not 1 <= count <= len(epochs):
         raise ValueError(f"count is {count}, and {run} holds {len(epochs)} epoch checkpoints")
     states = [
-        torch.load(run / f"checkpoint{epoch}.pt", map_location="cpu", weights_only=True)
+        torch.load(run / f"checkpoint{epoch}.pt", map_location="cpu", weights_only=True, mmap=True)
         for epoch in epochs[-count:]
     ]
     latest = states[-1]
@@ -28,7 +29,9 @@ def average(run: Path, count: int, output: Path) -> None:
         if tensor.is_floating_point():
             mean = torch.stack([state["model"][name].double() for state in states]).mean(0)
             latest["model"][name] = mean.to(tensor.dtype)
-    torch.save(latest, output)
+    # an interrupted write must not look like a result
+    torch.save(latest, f"{output}.part")
+    os.replace(f"{output}.part", output)
 
 
 if __name__ == "__main__":
