@@ -2,6 +2,7 @@
 
 import multiprocessing
 import os
+import socket
 import subprocess
 import sys
 from multiprocessing import forkserver
@@ -53,6 +54,33 @@ def run(start):
         output = process.output.read_text(encoding="utf-8")
         assert (process.exitcode == 0) == check, output[-4000:]
         return output
+
+    return command
+
+
+@pytest.fixture(scope="session")
+def run_twice(start):
+    """Run a fairseq-train command as two processes that train together; returns the first one's output."""
+
+    def command(*words):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        words += (
+            *("--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--distributed-world-size", 2),
+            *("--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn"),
+        )
+        processes = [start(*words, "--distributed-rank", rank) for rank in (0, 1)]
+        # once one has failed, the other would wait for it
+        while any(process.is_alive() for process in processes) and not any(
+            process.exitcode for process in processes
+        ):
+            processes[0].join(0.1)
+        outputs = [process.output.read_text(encoding="utf-8") for process in processes]
+        for process, output in zip(processes, outputs):
+            process.kill()
+            assert process.exitcode == 0, output[-4000:]
+        return outputs[0]
 
     return command
 

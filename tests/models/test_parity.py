@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from argparse import Namespace
@@ -152,16 +151,10 @@ def table():
 class Lab:
     """One architecture's trained models, and fairseq's commands run with them."""
 
-    def __init__(self, architecture, run, start, corpus, data, folder, labs):
+    def __init__(self, architecture, run, run_twice, start, corpus, data, folder, labs):
         self.architecture, self.model = architecture, MODELS[architecture]
-        self.run, self.start, self.corpus, self.data, self.folder, self.labs = (
-            run,
-            start,
-            corpus,
-            data,
-            folder,
-            labs,
-        )
+        self.run, self.run_twice, self.start = run, run_twice, start
+        self.corpus, self.data, self.folder, self.labs = corpus, data, folder, labs
         self.trained = {}
 
     def words(self, name, *options, device=("--cpu",)):
@@ -223,11 +216,11 @@ class Lab:
 
 
 @pytest.fixture(scope="module")
-def labs(run, start, corpus, data, tmp_path_factory):
+def labs(run, run_twice, start, corpus, data, tmp_path_factory):
     made = {}
     for architecture in MODELS:
         folder = tmp_path_factory.mktemp(architecture)
-        made[architecture] = Lab(architecture, run, start, corpus, data, folder, made)
+        made[architecture] = Lab(architecture, run, run_twice, start, corpus, data, folder, made)
     return made
 
 
@@ -473,29 +466,11 @@ def trains_in_two_processes(lab):
     """Also through a restart."""
     options = ["--max-epoch", 1]
     alone, _ = lab.train("alone", *options, "--update-freq", 2)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    options += ["--distributed-backend", "gloo", "--ddp-backend", "legacy_ddp", "--distributed-world-size", 2,
-                "--distributed-init-method", f"tcp://127.0.0.1:{port}", "--distributed-no-spawn"]  # fmt: skip
     for limit in (["--max-update", 2], []):
-        words = lab.words("together", *options, *limit)
-        together(lab.start(*words, "--distributed-rank", rank) for rank in (0, 1))
+        lab.run_twice(*lab.words("together", *options, *limit))
     one, other = load(alone / "checkpoint_last.pt"), load(lab.folder / "together" / "checkpoint_last.pt")
     assert_same(other["model"], one["model"], rtol=0, atol=1e-5)
     assert logged_loss(other) == pytest.approx(logged_loss(one), rel=1e-5)
-
-
-def together(processes):
-    """Wait for all processes, and for none any longer once one has failed."""
-    processes = list(processes)
-    while any(process.is_alive() for process in processes) and not any(
-        process.exitcode for process in processes
-    ):
-        processes[0].join(0.1)
-    for process in processes:
-        process.kill()
-        assert process.exitcode == 0, process.output.read_text(encoding="utf-8")[-4000:]
 
 
 def logged_loss(state):

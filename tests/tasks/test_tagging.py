@@ -271,3 +271,8 @@ def test_missing_library_is_named(data, monkeypatch):
     monkeypatch.setitem(sys.modules, "seqeval.metrics.sequence_labeling", None)
     with pytest.raises(ImportError, match="pip install seqeval"):
         make_task(data).valid_step({}, None, None)
+
+
+def test_two_processes_add_up_their_counts(run_twice, data, tmp_path):
+    out = run_twice("fairseq-train", data, *PLUGIN, *FIXED, *TRAIN, "--max-epoch", 1, "--save-dir", tmp_path)
+    assert re.search(r"'valid' subset \|.* f1 \d", out)
