@@ -10,10 +10,11 @@ from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from fairseq.models import register_model_architecture
 from fairseq.models.transformer import Embedding
-from fairseq.modules import AdaptiveSoftmax
+from fairseq.modules import AdaptiveSoftmax, FairseqDropout
 from torch import Tensor
 
 from ..modules import CELLS
+from ..modules.dropout import dropout
 
 
 @dataclass
@@ -43,6 +44,16 @@ class AdaptiveSoftmaxConfig(FairseqDataclass):
         default=0.0, metadata={"help": "sets adaptive softmax dropout for the tail projections"}
     )
     adaptive_softmax_factor: float = field(default=4, metadata={"help": "adaptive input factor"})
+
+
+class Dropout(FairseqDropout):
+    """fairseq's dropout, by :func:`~fairseq_lrn.modules.dropout.dropout`."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Return ``x`` with elements dropped while training, and with ``--retain-dropout`` ever after."""
+        if self.p > 0 and (self.training or self.apply_during_inference):
+            return dropout(x, self.p)
+        return x
 
 
 def build_adaptive_softmax(

@@ -6,11 +6,10 @@ import torch
 import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
 from fairseq.models.transformer import Linear
-from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
-from .base import build_output_projection, find_padding, pick_sentences
+from .base import Dropout, build_output_projection, find_padding, pick_sentences
 
 
 class DeepNMTDecoder(FairseqIncrementalDecoder):
@@ -34,7 +33,7 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
         self.embed_bias = nn.Parameter(torch.zeros(size))
         self.padding_idx = embed_tokens.padding_idx
         self.max_target_positions = cfg.max_target_positions
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.first = build_cell(cell, size, size, activation)
         self.attention = StepAttention(size, memory, cfg.decoder_attention_heads, cfg.attention == "additive")
         self.second = build_cell(cell, memory, size, activation)

@@ -6,11 +6,10 @@ import torch
 import torch.nn as nn
 from fairseq.models import FairseqEncoder
 from fairseq.models.transformer import Linear
-from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..modules import build_cell, build_recurrent
-from .base import find_padding, reorder_sentences
+from .base import Dropout, find_padding, reorder_sentences
 
 
 class ContextAwareRecurrent(nn.Module):
@@ -64,7 +63,7 @@ class DeepNMTEncoder(FairseqEncoder):
         self.embed_bias = nn.Parameter(torch.zeros(size))
         self.padding_idx = embed_tokens.padding_idx
         self.max_source_positions = cfg.max_source_positions
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         if cfg.context_aware_encoder:
             first, width = ContextAwareRecurrent(cell, size, activation), size
         else:

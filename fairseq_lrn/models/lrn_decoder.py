@@ -6,11 +6,10 @@ from typing import Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
-from fairseq.modules import FairseqDropout
 from torch import Tensor
 
 from ..ops._library import loaded
-from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
+from .base import Dropout, build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
 from .lrn_layers import LRNDecoderLayer, build_layers, fit_operators
 
 
@@ -33,7 +32,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(embed_dim)
         self.max_target_positions = cfg.max_target_positions
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.layers = build_layers(LRNDecoderLayer, cfg, cfg.decoder_layers, cfg.decoder_layerdrop)
         self.num_layers = len(self.layers)
         self.layer_norm = nn.LayerNorm(embed_dim)

@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import Linear
-from fairseq.modules import FairseqDropout, LayerDropModuleList
+from fairseq.modules import LayerDropModuleList
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
 from ..modules import LRN, build_recurrent
 from ..ops._library import loaded
+from .base import Dropout
 
 
 def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:
@@ -43,7 +44,7 @@ class FeedForward(nn.Module):
         self.fc1 = build_linear(embed_dim, ffn_embed_dim, cfg)
         self.fc2 = build_linear(ffn_embed_dim, embed_dim, cfg)
         self.activation_fn = utils.get_activation_fn(cfg.activation_fn)
-        self.activation_dropout_module = FairseqDropout(cfg.activation_dropout, self.__class__.__name__)
+        self.activation_dropout_module = Dropout(cfg.activation_dropout, self.__class__.__name__)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map (T, B, C) to (T, B, C), each position by itself."""
@@ -65,7 +66,7 @@ class EncoderAttention(nn.Module):
         self.v_proj = build_linear(memory_dim, embed_dim, cfg)
         self.q_proj = build_linear(embed_dim, embed_dim, cfg)
         self.out_proj = build_linear(embed_dim, embed_dim, cfg)
-        self.dropout_module = FairseqDropout(cfg.attention_dropout, self.__class__.__name__)
+        self.dropout_module = Dropout(cfg.attention_dropout, self.__class__.__name__)
         for projection in (self.k_proj, self.v_proj, self.q_proj):
             nn.init.xavier_uniform_(projection.weight, gain=2**-0.5 if memory_dim == embed_dim else 1.0)
 
@@ -163,7 +164,7 @@ class LRNEncoderLayer(Layer):
     def __init__(self, cfg):
         super().__init__()
         embed_dim = cfg.encoder_embed_dim
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(
             str(cfg.cell), embed_dim, embed_dim, bidirectional=True, activation=str(cfg.cell_activation)
@@ -197,7 +198,7 @@ class LRNDecoderLayer(Layer):
     def __init__(self, cfg):
         super().__init__()
         embed_dim = cfg.decoder_embed_dim
-        self.dropout_module = FairseqDropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=str(cfg.cell_activation))
         self.out_proj = build_linear(embed_dim, embed_dim, cfg)

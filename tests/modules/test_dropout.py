@@ -1,0 +1,73 @@
+"""dropout beside its definition."""
+
+import pytest
+import torch
+
+from fairseq_lrn.modules.dropout import dropout
+
+devices = [
+    "cpu",
+    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
+]
+
+
+@pytest.mark.parametrize("device", devices)
+@pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
+def test_zeroes_with_probability_p_and_keeps_the_mean(p, device):
+    torch.manual_seed(1)
+    number = 400_000
+    y = dropout(torch.ones(number, dtype=torch.float64, device=device), p).cpu()
+    kept = y != 0
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-4)
+    # within five standard deviations: everywhere, for each of the four numbers that a word holds, and for
+    # each alone of neighbours and of words
+    deviation = (p * (1 - p)) ** 0.5
+    for part in (kept, *kept.view(-1, 4).unbind(1)):
+        assert abs(part.double().mean() - (1 - p)) < 5 * deviation / len(part) ** 0.5
+    for distance in (1, 2, 3, 4, 8):
+        both = (kept[distance:] & kept[:-distance]).double().mean()
+        assert abs(both - (1 - p) ** 2) < 5 / number**0.5
+
+
+@pytest.mark.parametrize("device", devices)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_gradient_is_scaled_where_the_output_is_kept(dtype, device):
+    x = torch.rand(3, 5, 7, dtype=dtype, device=device).add(1).transpose(0, 1).requires_grad_()
+    y = dropout(x, 0.3)
+    gradient = torch.rand_like(y)
+    y.backward(gradient)
+    assert y.shape == x.shape and y.dtype == dtype
+    scale = torch.where(y == 0, 0.0, 1 / 0.7).double()
+    assert torch.allclose(y.double(), x.double() * scale, rtol=2e-2 if dtype.itemsize == 2 else 1e-4)
+    assert torch.allclose(
+        x.grad.double(), gradient.double() * scale, rtol=2e-2 if dtype.itemsize == 2 else 1e-4
+    )
+
+
+def test_ends_of_the_range():
+    x = torch.randn(1000)
+    assert torch.equal(dropout(x, 0.0), x)
+    assert not dropout(x, 1.0).any()
+    for p in (1.5, -0.5):
+        with pytest.raises(ValueError, match="dropout probability"):
+            dropout(x, p)
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5,)])
+def test_any_size(shape):
+    assert dropout(torch.ones(shape), 0.5).shape == shape
+
+
+def test_seed_decides():
+    x = torch.ones(100)
+    torch.manual_seed(3)
+    first = dropout(x, 0.5)
+    assert not torch.equal(dropout(x, 0.5), first)
+    torch.manual_seed(3)
+    assert torch.equal(dropout(x, 0.5), first)
+
+
+def test_scripts_and_compiles():
+    x = torch.ones(1000)
+    for f in (torch.jit.script(dropout), torch.compile(dropout, fullgraph=True, backend="eager")):
+        assert 0.4 < f(x, 0.5).mean() / 2 < 0.6
