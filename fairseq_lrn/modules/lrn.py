@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import lrn_scan
+from .dropout import dropout
 
 
 class LRN(nn.Module):
@@ -269,8 +270,8 @@ class LRN(nn.Module):
         size = self.hidden_size
         finals: List[Tensor] = []
         for layer in range(self.num_layers):
-            if layer > 0 and self.dropout > 0:
-                x = F.dropout(x, self.dropout, self.training)
+            if layer > 0 and self.dropout > 0 and self.training:
+                x = dropout(x, self.dropout)
             projections = self._project(x, weights[layer])
             if rows is not None and padding_mask is not None:
                 batch, steps = padding_mask.size(0), padding_mask.size(1)
