@@ -2,16 +2,12 @@
 
 import pytest
 import torch
+from batches import DEVICES
 
 from fairseq_lrn.modules.dropout import dropout
 
-devices = [
-    "cpu",
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
-]
 
-
-@pytest.mark.parametrize("device", devices)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("p", [0.1, 0.3, 0.5, 0.9])
 def test_zeroes_with_probability_p_and_keeps_the_mean(p, device):
     torch.manual_seed(1)
@@ -19,8 +15,7 @@ def test_zeroes_with_probability_p_and_keeps_the_mean(p, device):
     y = dropout(torch.ones(number, dtype=torch.float64, device=device), p).cpu()
     kept = y != 0
     assert torch.allclose(y[kept], torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-4)
-    # within five standard deviations: everywhere, for each of the four numbers that a word holds, and for
-    # each alone of neighbours and of words
+    # within five standard deviations: all, each of the four that one random number decides, and pairs
     deviation = (p * (1 - p)) ** 0.5
     for part in (kept, *kept.view(-1, 4).unbind(1)):
         assert abs(part.double().mean() - (1 - p)) < 5 * deviation / len(part) ** 0.5
@@ -29,7 +24,7 @@ def test_zeroes_with_probability_p_and_keeps_the_mean(p, device):
         assert abs(both - (1 - p) ** 2) < 5 / number**0.5
 
 
-@pytest.mark.parametrize("device", devices)
+@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_gradient_is_scaled_where_the_output_is_kept(dtype, device):
     x = torch.rand(3, 5, 7, dtype=dtype, device=device).add(1).transpose(0, 1).requires_grad_()
@@ -38,10 +33,9 @@ def test_gradient_is_scaled_where_the_output_is_kept(dtype, device):
     y.backward(gradient)
     assert y.shape == x.shape and y.dtype == dtype
     scale = torch.where(y == 0, 0.0, 1 / 0.7).double()
-    assert torch.allclose(y.double(), x.double() * scale, rtol=2e-2 if dtype.itemsize == 2 else 1e-4)
-    assert torch.allclose(
-        x.grad.double(), gradient.double() * scale, rtol=2e-2 if dtype.itemsize == 2 else 1e-4
-    )
+    rtol = 2e-2 if dtype.itemsize == 2 else 1e-4
+    assert torch.allclose(y.double(), x.double() * scale, rtol=rtol)
+    assert torch.allclose(x.grad.double(), gradient.double() * scale, rtol=rtol)
 
 
 def test_ends_of_the_range():
