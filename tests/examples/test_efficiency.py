@@ -93,11 +93,11 @@ def translated(run, data, tmp_path_factory):
     plugin = ["--user-dir", ROOT / "fairseq_lrn"]
     options = (
         "--arch lrn_tiny --share-all-embeddings --optimizer adam --lr 0.01 --criterion cross_entropy "
-        "--max-tokens 400 --max-update 60 --save-interval-updates 15 --disable-validation --num-workers 0 "
-        "--required-batch-size-multiple 1 --seed 3 --cpu"
+        "--max-tokens 400 --dropout 0 --max-update 600 --save-interval-updates 50 --disable-validation "
+        "--num-workers 0 --required-batch-size-multiple 1 --seed 3 --cpu"
     ).split()
     run("fairseq-train", data, *plugin, *options, *SMALL_OPTIONS, "--save-dir", work / "all")
-    for folder, checkpoint, updates in (("early", "average10", 15), ("late", "best", 60)):
+    for folder, checkpoint, updates in (("early", "average10", 50), ("late", "best", 600)):
         (work / folder).mkdir()
         (saved,) = (work / "all").glob(f"checkpoint_*_{updates}.pt")
         shutil.copy(saved, work / folder / f"checkpoint_{checkpoint}.pt")
