@@ -48,7 +48,6 @@ def unroll(projections: Tensor, states: Tensor) -> Tuple[Tensor, Tensor, Tensor]
     return i, f, weights
 
 
-@torch.no_grad()
 def look(
     hub, sentence: str, side: str, layer: int
 ) -> Tuple[List[str], List[str], Tensor, Tensor, Tensor, Tensor]:
@@ -61,7 +60,8 @@ def look(
     Raises:
         ValueError: the recurrence is neither LRN nor oLRN
     """
-    model = hub.models[0]
+    # Not torch.no_grad(): with it the encoder's layers are operators, which call no hooks.
+    model = hub.models[0].requires_grad_(False)
     if model.cfg.cell not in ("lrn", "olrn"):
         raise ValueError(f"the model's cell is {model.cfg.cell}, but only lrn and olrn can be unrolled")
     layers = (model.encoder if side == "encoder" else model.decoder).layers

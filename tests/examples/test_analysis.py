@@ -32,6 +32,7 @@ def test_weighted_values_sum_to_the_states(activation, output_gate):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
+        (["--format", "svg"], None),
         (["--side", "decoder", "--layer", 1, "--format", "svg"], None),
         (["--layer", 2], "layer is 2, but the encoder has layers 0 to 1"),
     ],
