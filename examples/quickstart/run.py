@@ -22,7 +22,7 @@ PREPROCESS = ["fairseq-preprocess", "--source-lang", "en", "--target-lang", "de"
 PREPROCESS += ["--trainpref", SUBWORDS / "train", "--testpref", SUBWORDS / "test", "--destdir", DATA]
 TRAIN = ["fairseq-train", DATA, "--user-dir", PACKAGE, "--save-dir", MODEL]
 TRAIN += """--arch lrn_tiny --encoder-layers 2 --decoder-layers 2 --share-all-embeddings --dropout 0.1
-    --criterion cross_entropy --optimizer adam --adam-betas (0.9,0.98) --clip-norm 1
+    --word-dropout 0 --criterion cross_entropy --optimizer adam --adam-betas (0.9,0.98) --clip-norm 1
     --lr 0.005 --lr-scheduler polynomial_decay --warmup-updates 200 --total-num-update 1200 --max-update 1200
     --max-tokens 1500 --disable-validation --no-epoch-checkpoints --num-workers 0
     --required-batch-size-multiple 1 --log-format simple --log-interval 50""".split()

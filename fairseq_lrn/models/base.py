@@ -5,6 +5,7 @@ from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -16,6 +17,8 @@ from torch import Tensor
 from ..modules import CELLS
 from ..modules.dropout import dropout
 
+Activation = ChoiceEnum(["tanh", "identity"])
+
 
 @dataclass
 class CellConfig(FairseqDataclass):
@@ -24,9 +27,7 @@ class CellConfig(FairseqDataclass):
     cell: ChoiceEnum(CELLS) = field(
         default="lrn", metadata={"help": "recurrent unit; olrn is lrn with an output gate"}
     )
-    cell_activation: ChoiceEnum(["tanh", "identity"]) = field(
-        default="tanh", metadata={"help": "activation g of lrn and olrn"}
-    )
+    cell_activation: Activation = field(default="tanh", metadata={"help": "activation g of lrn and olrn"})
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
 
 
@@ -56,6 +57,16 @@ class Dropout(FairseqDropout):
         return x
 
 
+class WordDropout(FairseqDropout):
+    """Dropout of full words: all C elements of a position go together (Sennrich et al., WMT 2016)."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Return ``x`` (T, B, C) with words dropped while training, or with ``--retain-dropout``."""
+        if self.p > 0 and (self.training or self.apply_during_inference):
+            return x * F.dropout(torch.ones_like(x[:, :, :1]), self.p)
+        return x
+
+
 def build_adaptive_softmax(
     cfg: AdaptiveSoftmaxConfig, dictionary: Dictionary, embed_dim: int
 ) -> AdaptiveSoftmax:
@@ -71,7 +82,7 @@ def build_adaptive_softmax(
 
 def check_cell(cfg: CellConfig) -> None:
     """Raise ValueError where ``cfg`` gives an activation to a unit that has its own."""
-    if cfg.cell not in ("lrn", "olrn") and cfg.cell_activation != "tanh":
+    if cfg.cell not in ("lrn", "olrn") and cfg.cell_activation not in (None, "tanh"):
         raise ValueError(
             f"--cell-activation {cfg.cell_activation} is for lrn and olrn, but --cell is {cfg.cell}"
         )

@@ -28,7 +28,7 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
     def __init__(self, cfg, dictionary, embed_tokens):
         super().__init__(dictionary)
         size, memory, layers = cfg.decoder_embed_dim, cfg.encoder_embed_dim, cfg.decoder_layers
-        cell, activation = str(cfg.cell), str(cfg.cell_activation)
+        cell, activation = str(cfg.cell), cfg.activation
         self.embed_tokens = embed_tokens
         self.embed_bias = nn.Parameter(torch.zeros(size))
         self.padding_idx = embed_tokens.padding_idx

@@ -58,7 +58,7 @@ class DeepNMTEncoder(FairseqEncoder):
 
     def __init__(self, cfg, dictionary, embed_tokens):
         super().__init__(dictionary)
-        size, cell, activation = cfg.encoder_embed_dim, str(cfg.cell), str(cfg.cell_activation)
+        size, cell, activation = cfg.encoder_embed_dim, str(cfg.cell), cfg.activation
         self.embed_tokens = embed_tokens
         self.embed_bias = nn.Parameter(torch.zeros(size))
         self.padding_idx = embed_tokens.padding_idx

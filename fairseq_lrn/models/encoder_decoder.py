@@ -7,13 +7,19 @@ import torch
 from fairseq.models import FairseqEncoderDecoderModel
 from torch import Tensor
 
-from .base import CellConfig, build_embedding, check_cell, check_positive
+from .base import Activation, CellConfig, build_embedding, check_cell, check_positive
 
 
 @dataclass
 class EncoderDecoderConfig(CellConfig):
     """Options of every encoder-decoder; what fairseq's Transformer has too is named as there."""
 
+    cell_activation: Optional[Activation] = field(
+        default=None,
+        metadata={
+            "help": "activation g of lrn and olrn (default: identity, as the paper's translation has it)"
+        },
+    )
     encoder_embed_path: Optional[str] = field(
         default=None, metadata={"help": "path to pre-trained encoder embedding"}
     )
@@ -42,6 +48,13 @@ class EncoderDecoderConfig(CellConfig):
     max_target_positions: int = field(
         default=1024, metadata={"help": "maximum number of tokens in the target sequence"}
     )
+
+    @property
+    def activation(self) -> str:
+        """Activation of the recurrent unit: the one given, or else what the paper's translation has."""
+        if self.cell_activation is not None:
+            return str(self.cell_activation)
+        return "identity" if self.cell in ("lrn", "olrn") else "tanh"
 
 
 class EncoderDecoderModel(FairseqEncoderDecoderModel):

@@ -21,6 +21,10 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
         default="relu", metadata={"help": "activation function of the feed-forward layers"}
     )
+    word_dropout: float = field(
+        default=0.0,
+        metadata={"help": "probability of dropping a word's embedding, in place of its elements' dropout"},
+    )
     attention_dropout: float = field(
         default=0.0, metadata={"help": "dropout probability for attention weights"}
     )
@@ -106,6 +110,7 @@ _TINY = {
     "decoder_embed_dim": 128,
     "decoder_ffn_embed_dim": 256,
     "decoder_layers": 4,
+    "word_dropout": 0.1,
 }
 _WMT = {"encoder_ffn_embed_dim": 2048, "decoder_ffn_embed_dim": 2048, "decoder_attention_heads": 8}
 

@@ -9,8 +9,8 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from ..ops._library import loaded
-from .base import Dropout, build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
-from .lrn_layers import LRNDecoderLayer, build_layers, fit_operators
+from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
+from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers, fit_operators
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
@@ -32,7 +32,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(embed_dim)
         self.max_target_positions = cfg.max_target_positions
-        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = build_embedding_dropout(cfg, self.__class__.__name__)
         self.layers = build_layers(LRNDecoderLayer, cfg, cfg.decoder_layers, cfg.decoder_layerdrop)
         self.num_layers = len(self.layers)
         self.layer_norm = nn.LayerNorm(embed_dim)

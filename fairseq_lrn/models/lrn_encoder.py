@@ -8,8 +8,8 @@ import torch.nn as nn
 from fairseq.models import FairseqEncoder
 from torch import Tensor
 
-from .base import Dropout, find_padding, reorder_sentences
-from .lrn_layers import LRNEncoderLayer, build_layers
+from .base import find_padding, reorder_sentences
+from .lrn_layers import LRNEncoderLayer, build_embedding_dropout, build_layers
 
 
 class LRNEncoder(FairseqEncoder):
@@ -29,7 +29,7 @@ class LRNEncoder(FairseqEncoder):
         self.padding_idx = embed_tokens.padding_idx
         self.embed_scale = 1.0 if cfg.no_scale_embedding else math.sqrt(cfg.encoder_embed_dim)
         self.max_source_positions = cfg.max_source_positions
-        self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
+        self.dropout_module = build_embedding_dropout(cfg, self.__class__.__name__)
         self.layers = build_layers(LRNEncoderLayer, cfg, cfg.encoder_layers, cfg.encoder_layerdrop)
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..modules import LRN, build_recurrent
 from ..ops._library import loaded
-from .base import Dropout
+from .base import Dropout, WordDropout
 
 
 def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:
@@ -29,6 +29,11 @@ def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: f
             min_params_to_wrap = 0
         layers.append(fsdp_wrap(block, min_num_params=min_params_to_wrap))
     return layers
+
+
+def build_embedding_dropout(cfg, name: str) -> nn.Module:
+    """Return the dropout of module ``name``'s embeddings (T, B, C): of words or of elements."""
+    return WordDropout(cfg.word_dropout, name) if cfg.word_dropout > 0 else Dropout(cfg.dropout, name)
 
 
 def build_linear(in_features: int, out_features: int, cfg) -> nn.Module:
@@ -167,7 +172,7 @@ class LRNEncoderLayer(Layer):
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(
-            str(cfg.cell), embed_dim, embed_dim, bidirectional=True, activation=str(cfg.cell_activation)
+            str(cfg.cell), embed_dim, embed_dim, bidirectional=True, activation=cfg.activation
         )
         self.out_proj = build_linear(2 * embed_dim, embed_dim, cfg)
         self.final_layer_norm = nn.LayerNorm(embed_dim)
@@ -200,7 +205,7 @@ class LRNDecoderLayer(Layer):
         embed_dim = cfg.decoder_embed_dim
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
-        self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=str(cfg.cell_activation))
+        self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=cfg.activation)
         self.out_proj = build_linear(embed_dim, embed_dim, cfg)
         self.encoder_attn_layer_norm = nn.LayerNorm(embed_dim)
         self.encoder_attn = EncoderAttention(cfg)

@@ -224,11 +224,37 @@ def test_every_parameter_learns():
     assert [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()] == []
 
 
+def test_word_dropout_drops_whole_words_in_place_of_elements():
+    model = build(dropout=0.9, word_dropout=0.5).train()
+    seen = []
+    for part in (model.encoder, model.decoder):
+        part.dropout_module.register_forward_hook(
+            lambda module, inputs, output: seen.append((*inputs, output))
+        )
+    pad = model.encoder.padding_idx
+    model(sentences([40, 40], pad), None, sentences([30, 30], pad, seed=2))
+    assert [tuple(before.shape[:2]) for before, _ in seen] == [(40, 2), (30, 2)]
+    for before, after in seen:
+        dropped = (after == 0).all(2)
+        assert 0 < dropped.sum() < dropped.numel()
+        torch.testing.assert_close(after[~dropped], 2 * before[~dropped])
+
+
+@pytest.mark.parametrize(
+    "given, cell, used", [(None, "lrn", "identity"), (None, "olrn", "identity"), ("tanh", "lrn", "tanh")]
+)
+def test_activation_is_the_papers_unless_given(given, cell, used):
+    model = build(cell=cell, cell_activation=given)
+    layers = [*model.encoder.layers, *model.decoder.layers]
+    assert {layer.rnn.activation for layer in layers} == {used}
+
+
 @pytest.mark.parametrize(
     "options, words",
     [
         (dict(encoder_layers=0), "--encoder-layers is 0, but must be positive"),
         (dict(decoder_ffn_embed_dim=-4), "--decoder-ffn-embed-dim is -4, but must be positive"),
+        (dict(cell="gru", cell_activation="identity"), "identity is for lrn and olrn, but --cell is gru"),
         (dict(decoder_attention_heads=3), "must be a multiple of --decoder-attention-heads, 3"),
         (dict(share_all_embeddings=True, encoder_embed_dim=12), "--encoder-embed-dim .12. to match"),
         (
