@@ -5,7 +5,6 @@ from typing import Any, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
@@ -54,16 +53,6 @@ class Dropout(FairseqDropout):
         """Return ``x`` with elements dropped while training, and with ``--retain-dropout`` ever after."""
         if self.p > 0 and (self.training or self.apply_during_inference):
             return dropout(x, self.p)
-        return x
-
-
-class WordDropout(FairseqDropout):
-    """Dropout of full words: all C elements of a position go together (Sennrich et al., WMT 2016)."""
-
-    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """Return ``x`` (T, B, C) with words dropped while training, or with ``--retain-dropout``."""
-        if self.p > 0 and (self.training or self.apply_during_inference):
-            return x * F.dropout(torch.ones_like(x[:, :, :1]), self.p)
         return x
 
 

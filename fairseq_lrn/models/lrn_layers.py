@@ -8,14 +8,14 @@ import torch.nn.functional as F
 from fairseq import utils
 from fairseq.distributed import fsdp_wrap
 from fairseq.models.transformer import Linear
-from fairseq.modules import LayerDropModuleList
+from fairseq.modules import FairseqDropout, LayerDropModuleList
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
 from ..modules import LRN, build_recurrent
 from ..ops._library import loaded
-from .base import Dropout, WordDropout
+from .base import Dropout
 
 
 def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:
@@ -29,6 +29,16 @@ def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: f
             min_params_to_wrap = 0
         layers.append(fsdp_wrap(block, min_num_params=min_params_to_wrap))
     return layers
+
+
+class WordDropout(FairseqDropout):
+    """Dropout of full words: all C elements of a position go together (Sennrich et al., WMT 2016)."""
+
+    def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
+        """Return ``x`` (T, B, C) with words dropped while training, or with ``--retain-dropout``."""
+        if self.p > 0 and (self.training or self.apply_during_inference):
+            return F.dropout1d(x, self.p)
+        return x
 
 
 def build_embedding_dropout(cfg, name: str) -> nn.Module:
