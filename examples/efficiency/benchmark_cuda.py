@@ -20,7 +20,7 @@ import tempfile
 import time
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
 from benchmark import environment
@@ -110,11 +110,13 @@ def measure(contenders: Dict[str, Contender], repetitions: int) -> Dict[str, flo
     return {name: statistics.median(values) for name, values in times.items()}
 
 
-def copy_contender() -> Contender:
-    """A copy on the card; bytes read and bytes written count."""
-    count = 2**29 if CUDA else 16
-    pairs = [(torch.randn(count, device=DEVICE), torch.empty(count, device=DEVICE))]
-    return Contender(lambda source, target: target.copy_(source), pairs, 2 * 4 * count)
+def copy_contender(moved: int) -> Contender:
+    """An elementwise kernel that reads half as many bytes and writes the other half, as a copy does.
+
+    It is no ``copy_``, which in a graph falls to the card's copy engine and is slower there.
+    """
+    tensors = random_tensors(sets(moved), (moved // 4,), (moved // 4,), dtype=torch.bfloat16)
+    return Contender(lambda source, target: torch.neg(source, out=target), tensors, moved)
 
 
 def scan_contenders(
@@ -218,13 +220,7 @@ def describe(shape: Shape) -> str:
     return "T={}, B={}, D={}".format(*shape)
 
 
-def of_copy(contender: Contender, ms: float, copy_rate: float) -> str:
-    """A rate in words: bytes a second and their share of the copy bandwidth."""
-    rate = contender.bytes / ms * 1e-9
-    return f"{rate:.2f} TB/s, {rate / copy_rate:.2f} of copy"
-
-
-def operator_rows(shape: Shape, repetitions: int) -> List[Row]:
+def operator_rows(shape: Shape, repetitions: int) -> Iterator[Row]:
     """Forward and backward alone, and beside other kernels."""
     large = (shape[0], 4 * shape[1], shape[2])
     variants: List[Tuple[Shape, torch.dtype, Dict[str, Any]]] = [
@@ -237,19 +233,29 @@ def operator_rows(shape: Shape, repetitions: int) -> List[Row]:
         (large, torch.float16, {}),
         (large, torch.float32, {}),
     ]
-    copy = copy_contender()
+    copy = copy_contender(2**32 if CUDA else 64)
     copy_ms = measure({"copy": copy}, repetitions)["copy"]
     copy_rate = copy.bytes / copy_ms * 1e-9
-    rows = [Row(f"copy of {copy.bytes // 2 >> 20} MiB", copy_ms, f"{copy_rate:.2f} TB/s")]
+    yield Row(f"copy of {copy.bytes // 2 >> 20} MiB", copy_ms, f"{copy_rate:.2f} TB/s")
     for size, dtype, options in variants:
-        contenders = dict(zip(("forward", "backward"), scan_contenders(size, dtype, **options)))
-        times = measure(contenders, repetitions)
+        forward, backward = scan_contenders(size, dtype, **options)
+        contenders = {"forward": forward, "backward": backward}
+        copies = {name: copy_contender(contender.bytes) for name, contender in contenders.items()}
+        times = measure(
+            {**contenders, **{f"{name}'s copy": copy for name, copy in copies.items()}}, repetitions
+        )
         target = "≥ 0.85 of copy" if dtype == torch.bfloat16 and not options else ""
         words = [name if value is True else str(value) for name, value in options.items()]
         title = ", ".join([describe(size), str(dtype)[6:], *words])
         for name, contender in contenders.items():
-            measured = of_copy(contender, times[name], copy_rate)
-            rows.append(Row(f"{name}, {title}", times[name], measured, target))
+            rate = contender.bytes / times[name] * 1e-9
+            yield Row(
+                f"{name}, {title}",
+                times[name],
+                f"{rate:.2f} TB/s, {rate / copy_rate:.2f} of copy, "
+                f"{times[name + chr(39) + 's copy'] / times[name]:.2f} of a copy of as many bytes",
+                target,
+            )
 
     peers: List[Tuple[str, Callable[..., Tuple[Contender, Contender]], torch.dtype, bool]] = [
         ("SRU", sru_contenders, torch.float16, False),
@@ -259,9 +265,7 @@ def operator_rows(shape: Shape, repetitions: int) -> List[Row]:
         try:
             theirs = make(large, dtype)
         except Exception as error:  # an optional package; what it cannot do is told in the table
-            rows.append(
-                Row(f"{peer}'s kernels", None, f"left out ({type(error).__name__}: {error})".split("\n")[0])
-            )
+            yield Row(f"{peer}'s kernels", None, f"left out ({type(error).__name__}: {error})".split("\n")[0])
             continue
         ours = scan_contenders(large, dtype)
         for name, our, their in zip(("forward", "backward"), ours, theirs):
@@ -271,13 +275,14 @@ def operator_rows(shape: Shape, repetitions: int) -> List[Row]:
                 ratio *= our.bytes / their.bytes
             unit, target = ("a byte", "≥ 1.2") if per_byte else ("a lane and step", "≥ 1.3")
             title = f"{peer}'s {name} kernel, {str(dtype)[6:]}"
-            rows.append(Row(title, times["theirs"], f"{ratio:.2f} times LRN's time {unit}", target))
+            yield Row(title, times["theirs"], f"{ratio:.2f} times LRN's time {unit}", target)
 
     compiled = torch.compile(lrn_scan_reference, dynamic=False, backend="inductor" if CUDA else "eager")
 
     def forward_backward(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor, Tensor], Any]:
         return lambda x, grad: torch.autograd.grad(function(x), x, grad)
 
+    shape = (shape[0] // 4, *shape[1:])  # compiling takes its time for every step
     pairs = random_tensors(3, (*shape[:2], 3 * shape[2]), shape, dtype=torch.bfloat16)
     pairs = [(x.requires_grad_(), grad) for x, grad in pairs]
     started = time.perf_counter()
@@ -290,25 +295,22 @@ def operator_rows(shape: Shape, repetitions: int) -> List[Row]:
     times = measure(contenders, repetitions)
     title = f"torch.compile of the reference, forward and backward, {describe(shape)}, bfloat16"
     measured = f"{times['theirs'] / times['ours']:.2f} times LRN's time; compiled in {seconds:.0f} s"
-    rows.append(Row(title, times["theirs"], measured, "report"))
-    return rows
+    yield Row(title, times["theirs"], measured, "report")
 
 
-def layer_rows(shape: Shape, repetitions: int) -> List[Row]:
+def layer_rows(shape: Shape, repetitions: int) -> Iterator[Row]:
     """LRN, LSTM and GRU layers, as graphs (the card alone) and launched one by one (as programs run them)."""
-    rows = []
     for dtype in (torch.float16, torch.bfloat16):
         for captured, how in ((True, "one graph"), (False, "launched one by one")):
             times = measure(layer_contenders(shape, dtype, captured), repetitions)
             title = f"forward and backward, {describe(shape)}, {str(dtype)[6:]}, {how}"
-            rows.append(Row(f"LRN layer with padding mask, {title}", times["LRN"], ""))
+            yield Row(f"LRN layer with padding mask, {title}", times["LRN"], "")
             for peer, target in (("nn.LSTM", "≥ 5"), ("nn.GRU", "≥ 4")):
                 measured = f"{times[peer] / times['LRN']:.2f} times LRN's time"
-                rows.append(Row(f"{peer}, {title}", times[peer], measured, target))
-    return rows
+                yield Row(f"{peer}, {title}", times[peer], measured, target)
 
 
-def training_rows(width: int, layers: int, vocabulary: int, sentences: int, updates: int) -> List[Row]:
+def training_rows(width: int, layers: int, vocabulary: int, sentences: int, updates: int) -> Iterator[Row]:
     """Target words a second of fairseq-train on random sentences of 50 tokens, end of sentence included."""
     sizes = {f"--{side}-layers": layers for side in ("encoder", "decoder")}
     sizes.update({f"--{side}-embed-dim": width for side in ("encoder", "decoder")})
@@ -322,8 +324,6 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
                         **{f"--{side}-attention-heads": heads for side in ("encoder", "decoder")}},
     }  # fmt: skip
     rng = random.Random(0)
-    words: Dict[str, List[float]] = {name: [] for name in models}
-    parameters: Dict[str, str] = {}
     with tempfile.TemporaryDirectory() as folder:
         for split, count in (("train", sentences), ("valid", 8)):
             for language in ("en", "de"):
@@ -334,40 +334,32 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
         prefixes = [f"--{split}pref={folder}/{split}" for split in ("train", "valid")]
         command("fairseq-preprocess", "-s", "en", "-t", "de", "--joined-dictionary", *prefixes, "--destdir",
                 f"{folder}/bin")  # fmt: skip
-        for _ in range(2 if CUDA else 1):
-            for name, options in models.items():
-                flat = [
-                    str(word) for pair in {**sizes, **options}.items() for word in pair if word is not None
-                ]
-                out = command(
-                    "fairseq-train", f"{folder}/bin", "--user-dir", Path(fairseq_lrn.__file__).parent, *flat,
-                    "--share-all-embeddings", "--dropout", 0.1, "--optimizer", "adam", "--lr", 1e-4,
-                    "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
-                    "--max-tokens", 8192, "--max-update", updates, "--required-batch-size-multiple", 1,
-                    "--distributed-world-size", 1,
-                    "--no-save", "--disable-validation", "--log-format", "json",
-                    "--log-interval", updates // 4, "--seed", 1, "--fp16" if CUDA else "--cpu",
-                )  # fmt: skip
-                logs = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"wps"' in line]
-                inner = [float(log["wps"]) for log in logs if "train_wps" not in log]
-                words[name] += inner[1:]  # the first quarter warms up
-                parameters[name] = next(
-                    line.rpartition("params: ")[2].split(" ")[0]
-                    for line in out.splitlines()
-                    if "shared model params" in line
-                )
-    medians = {name: statistics.median(values) for name, values in words.items()}
-    title = f"{layers} + {layers} layers of width {width}, vocabulary of {vocabulary:,}"
-    return [
-        Row(
-            f"fairseq-train --fp16, {name}, {title}, {parameters[name]} parameters",
-            None,
-            f"{rate:,.0f} words/s"
-            + ("" if name == "lrn" else f"; lrn's are {medians['lrn'] / rate:.2f} times as many"),
-            {"lstm": "≥ 3", "transformer": "≥ 1.3"}.get(name, ""),
-        )
-        for name, rate in medians.items()
-    ]
+        lrn = math.nan
+        for name, options in models.items():
+            flat = [str(word) for pair in {**sizes, **options}.items() for word in pair if word is not None]
+            out = command(
+                "fairseq-train", f"{folder}/bin", "--user-dir", Path(fairseq_lrn.__file__).parent, *flat,
+                "--share-all-embeddings", "--dropout", 0.1, "--optimizer", "adam", "--lr", 1e-4,
+                "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
+                "--max-tokens", 8192, "--max-update", updates, "--required-batch-size-multiple", 1,
+                "--distributed-world-size", 1,
+                "--no-save", "--disable-validation", "--log-format", "json",
+                "--log-interval", updates // 4, "--seed", 1, "--fp16" if CUDA else "--cpu",
+            )  # fmt: skip
+            logs = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"wps"' in line]
+            inner = [float(log["wps"]) for log in logs if "train_wps" not in log]
+            rate = statistics.median(inner[1:])  # the first quarter warms up
+            lrn = rate if name == "lrn" else lrn
+            parameters = next(line for line in out.splitlines() if "shared model params" in line)
+            parameters = parameters.rpartition("params: ")[2].split(" ")[0]
+            yield Row(
+                f"fairseq-train --fp16, {name}, {layers} + {layers} layers of width {width}, vocabulary of "
+                f"{vocabulary:,}, {parameters} parameters",
+                None,
+                f"{rate:,.0f} words/s"
+                + ("" if name == "lrn" else f"; lrn's are {lrn / rate:.2f} times as many"),
+                {"lstm": "≥ 3", "transformer": "≥ 1.3"}.get(name, ""),
+            )
 
 
 def command(*words: Any) -> str:
@@ -416,25 +408,26 @@ def main() -> None:
 
     facts = {**environment(), **card()}
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    print("\n| what | ms | measured | target |\n|---|---|---|---|", flush=True)
     rows: List[Row] = []
     for part in args.parts:
         if part == "operator":
-            rows += operator_rows((64, 64, 1024) if CUDA else (4, 2, 8), args.repetitions)
+            found = operator_rows((64, 64, 1024) if CUDA else (4, 2, 8), args.repetitions)
         elif part == "layer":
-            rows += layer_rows((50, 80, 1024) if CUDA else (3, 2, 8), args.repetitions)
+            found = layer_rows((50, 80, 1024) if CUDA else (3, 2, 8), args.repetitions)
         else:
-            sizes = (1024, 6, 32000, 20000, 80) if CUDA else (8, 1, 40, 200, 4)
-            rows += training_rows(*sizes)
+            found = training_rows(*((1024, 6, 32000, 20000, 80) if CUDA else (8, 1, 40, 200, 4)))
+        for row in found:
+            rows.append(row)
+            if CUDA:
+                ms = "" if row.ms is None else f"{row.ms:.4f}"
+                print(f"| {row.what} | {ms} | {row.measured} | {row.target} |", flush=True)
         print(f"{part}: done", file=sys.stderr, flush=True)
+        if CUDA and args.json:
+            report = {"environment": facts, "rows": [row._asdict() for row in rows]}
+            args.json.write_text(json.dumps(report, indent=1))
     if not CUDA:
         print(f"Stopped before measuring: there is no CUDA card. {len(rows)} rows were tried out on the CPU.")
-        return
-    print("\n| what | ms | measured | target |\n|---|---|---|---|")
-    for row in rows:
-        print(f"| {row.what} | {'' if row.ms is None else f'{row.ms:.4f}'} | {row.measured} | {row.target} |")
-    if args.json:
-        report = {"environment": facts, "rows": [row._asdict() for row in rows]}
-        args.json.write_text(json.dumps(report, indent=1))
 
 
 if __name__ == "__main__":

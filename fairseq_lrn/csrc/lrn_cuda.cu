@@ -80,14 +80,13 @@ Tensor scan_cuda(const Tensor& projections, const OptionalTensor& initial_state,
   const Tensor input = whole_words(lrn::rows_contiguous(projections));
   const OptionalTensor initial =
       initial_state ? OptionalTensor(lrn::rows_contiguous(*initial_state)) : std::nullopt;
-  const OptionalTensor padding =
-      padding_mask ? OptionalTensor(whole_words(*padding_mask)) : std::nullopt;
   const Tensor output = at::empty({s.steps, s.batch, s.width}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(at::kHalf, at::kBFloat16, input.scalar_type(), "lrn_scan", [&] {
     using T = Element<scalar_t>;
-    launch(lrn::cuda::ForwardArgs<T>{problem(s, reverse), sequence<const T>(input),
-                                     state<const T>(initial), mask(padding), sequence<T>(output)},
-           "lrn_scan", input);
+    launch(
+        lrn::cuda::ForwardArgs<T>{problem(s, reverse), sequence<const T>(input),
+                                  state<const T>(initial), mask(padding_mask), sequence<T>(output)},
+        "lrn_scan", input);
   });
   return output;
 }
@@ -107,15 +106,13 @@ std::tuple<Tensor, Tensor> scan_backward_cuda(const Tensor& grad_output, const T
   const Tensor grad = whole_words(lrn::rows_contiguous(grad_output));
   const OptionalTensor initial =
       initial_state ? OptionalTensor(lrn::rows_contiguous(*initial_state)) : std::nullopt;
-  const OptionalTensor padding =
-      padding_mask ? OptionalTensor(whole_words(*padding_mask)) : std::nullopt;
   const Tensor grad_projections = at::empty(input.sizes(), input.options());
   const Tensor grad_state = at::empty({s.batch, s.width}, input.options());
   AT_DISPATCH_FLOATING_TYPES_AND2(
       at::kHalf, at::kBFloat16, input.scalar_type(), "lrn_scan_backward", [&] {
         using T = Element<scalar_t>;
         launch(lrn::cuda::BackwardArgs<T>{problem(s, reverse), sequence<const T>(input),
-                                          state<const T>(initial), mask(padding),
+                                          state<const T>(initial), mask(padding_mask),
                                           sequence<const T>(states), sequence<const T>(grad),
                                           sequence<T>(grad_projections), state<T>(grad_state)},
                "lrn_scan_backward", input);

@@ -103,7 +103,8 @@ LRN_HD void copy_async(void* to, const void* from) {
 #if __CUDA_ARCH__ >= 800
   const unsigned address = static_cast<unsigned>(__cvta_generic_to_shared(to));
   if constexpr (kBytes == 16) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(from) : "memory");
+    asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(address), "l"(from)
+                 : "memory");
   } else {
     asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(address), "l"(from), "n"(kBytes)
                  : "memory");
@@ -232,14 +233,12 @@ constexpr int kBlock = 64;  // threads of a block at most: few, so that few lane
 template <typename X>
 constexpr int kPlace = std::max<int>(4, sizeof(X));
 
-constexpr int kUnroll = 4;
-constexpr int kMany = 32;  // more time steps than a round of the loop asks for
+// Time steps that are awaited together.
+constexpr int kGroup = 4;
 
-// Time steps a ring holds: 16, or fewer if that would be more than 40 KiB a block.
-template <typename X, int kStreams>
-constexpr int kStages = kBlock * kStreams * kPlace<X> * 16 <= 40960  ? 16
-                        : kBlock * kStreams * kPlace<X> * 8 <= 40960 ? 8
-                                                                     : kUnroll;
+// Time steps a ring holds: what keeps the memory busy. More bytes would only queue.
+template <typename X>
+constexpr int kSteps = sizeof(X) < 16 ? 16 : 8;
 
 // The lanes of one thread.
 struct Lanes {
@@ -305,14 +304,44 @@ struct Stream {
   }
 };
 
+// Which of a group's steps are padding, asked for a group ahead: neighbours read the same few
+// bytes.
+struct Padding {
+  Walk<const bool> walk;
+  const bool given;
+  bool next[kGroup] = {};
+
+  LRN_HD Padding(const Sequence<const bool>& mask, const Problem& p, int64_t sentence,
+                 bool backwards)
+      : walk(mask, p, sentence, 0, backwards), given(mask.data != nullptr) {}
+  LRN_HD void fetch(int64_t left) {
+    if (given) {
+#pragma unroll
+      for (int j = 0; j < kGroup; ++j) {
+        if (j < left) {
+          next[j] = *walk.at;
+          walk.move();
+        }
+      }
+    }
+  }
+  LRN_HD uint32_t read() const {  // bit j: of the group's step j
+    uint32_t bits = 0;
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      bits |= static_cast<uint32_t>(next[j]) << j;
+    }
+    return bits;
+  }
+};
+
 template <typename T, int kWidth, bool kTanh, bool kGate>
 __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a) {
   using S = State<T>;
   using X = Vector<T, kWidth>;
   constexpr int kParts = kGate ? 4 : 3;
-  constexpr int kSteps = kStages<X, kParts>;
-  constexpr int kRing = kSteps * kBlock * kPlace<X>;
-  alignas(16) __shared__ char memory[kParts * kRing + kSteps * kBlock * kPlace<bool>];
+  constexpr int kRing = kSteps<X> * kBlock * kPlace<X>;
+  alignas(16) __shared__ char memory[kParts * kRing];
   const Problem& p = a.problem;
   const Lanes lanes(p, kWidth);
   if (!lanes.exist || p.steps == 0) {
@@ -326,14 +355,12 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a)
         memory + number * kRing);
   };
   Stream<X, T> q = part(0), k = part(1), v = part(2), o = part(kParts - 1);
-  const bool masked = a.mask.data != nullptr;
-  Stream<bool, bool> mask(Walk<const bool>(a.mask, p, lanes.sentence, 0, lanes.backwards),
-                          memory + kParts * kRing);
+  Padding padding(a.mask, p, lanes.sentence, lanes.backwards);
   Walk<T> output(a.output, p, lanes.sentence, column, lanes.backwards);
 
+  S h[kWidth] = {};
   struct Step {
     X q, k, v, o;
-    bool padded;
   };
   const auto fetch = [&](int slot) {
     q.fetch(slot);
@@ -341,9 +368,6 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a)
     v.fetch(slot);
     if constexpr (kGate) {
       o.fetch(slot);
-    }
-    if (masked) {
-      mask.fetch(slot);
     }
   };
   const auto read = [&](int slot) {
@@ -354,59 +378,66 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a)
     if constexpr (kGate) {
       step.o = o.read(slot);
     }
-    step.padded = masked && mask.read(slot);
     return step;
+  };
+  const auto compute = [&](const Step& step, bool padded) {
+    S x[4][kWidth] = {};
+    step.q.unpack(x[0]);
+    step.k.unpack(x[1]);
+    step.v.unpack(x[2]);
+    if constexpr (kGate) {
+      step.o.unpack(x[3]);
+    }
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      const S next =
+          lrn::forward<kTanh, kGate, S, Gates<T>>(x[0][i], x[1][i], x[2][i], x[3][i], h[i]);
+      h[i] = padded ? h[i] : next;
+    }
+    store<kWidth>(output.at, h);
+    output.move();
   };
 
 #pragma unroll 1
-  for (int slot = 0; slot < kSteps; ++slot) {
+  for (int slot = 0; slot < kSteps<X>; ++slot) {
     if (slot < p.steps) {
       fetch(slot);
     }
-    commit();
+    if (slot % kGroup == kGroup - 1) {
+      commit();
+    }
   }
-  S h[kWidth] = {};
+  padding.fetch(p.steps);
   if (a.initial_state.data != nullptr) {
     load<kWidth>(a.initial_state.data + lanes.sentence * a.initial_state.batch_stride + column)
         .unpack(h);
   }
-  wait<kSteps - 1>();
-  Step step = read(0);
   int slot = 0;
+  int64_t rest = p.steps;
 #pragma unroll 1
-  for (int64_t rest = p.steps; rest > 0; rest -= kUnroll, slot = (slot + kUnroll) % kSteps) {
-    const int left = static_cast<int>(rest < kMany ? rest : kMany);
+  for (; rest > kGroup; rest -= kGroup, slot = (slot + kGroup) % kSteps<X>) {
+    const uint32_t padded = padding.read();
+    padding.fetch(rest - kGroup);
+    wait<kSteps<X> / kGroup - 1>();
+    Step steps[kGroup];
 #pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
-      if (j >= left) {
-        break;
-      }
-      Step next_step = step;
-      if (j + 1 < left) {
-        wait<kSteps - 2>();
-        next_step = read(j + 1 < kUnroll ? slot + j + 1 : (slot + kUnroll) % kSteps);
-      }
-      S x[4][kWidth] = {};
-      step.q.unpack(x[0]);
-      step.k.unpack(x[1]);
-      step.v.unpack(x[2]);
-      if constexpr (kGate) {
-        step.o.unpack(x[3]);
-      }
+    for (int j = 0; j < kGroup; ++j) {
+      steps[j] = read(slot + j);
+    }
 #pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        const S next =
-            lrn::forward<kTanh, kGate, S, Gates<T>>(x[0][i], x[1][i], x[2][i], x[3][i], h[i]);
-        h[i] = step.padded ? h[i] : next;
-      }
-      store<kWidth>(output.at, h);
-      output.move();
-      if (j + kSteps < left) {
+    for (int j = 0; j < kGroup; ++j) {
+      compute(steps[j], padded >> j & 1);
+      if (rest > kSteps<X> + j) {
         fetch(slot + j);
       }
-      commit();
-      step = next_step;
     }
+    commit();
+  }
+  wait<0>();
+  uint32_t padded = padding.read();
+#pragma unroll 1
+  for (; rest > 0; --rest, ++slot, padded >>= 1) {
+    compute(read(slot), padded & 1);
   }
 }
 
@@ -415,10 +446,9 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const BackwardArgs<T> 
   using S = State<T>;
   using X = Vector<T, kWidth>;
   constexpr int kParts = kGate ? 4 : 3;
-  constexpr int kSteps = kStages<X, kParts + 2>;
-  constexpr int kRing = kSteps * kBlock * kPlace<X>;
+  constexpr int kRing = kSteps<X> * kBlock * kPlace<X>;
   constexpr bool kNext = kTanh && !kGate;  // the derivative needs the next state
-  alignas(16) __shared__ char memory[(kParts + 2) * kRing + kSteps * kBlock * kPlace<bool>];
+  alignas(16) __shared__ char memory[(kParts + 2) * kRing];
   const Problem& p = a.problem;
   const Lanes lanes(p, kWidth);
   if (!lanes.exist) {
@@ -442,20 +472,18 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const BackwardArgs<T> 
   }
   states.move();
   Stream<X, T> state(states, memory + (kParts + 1) * kRing);
-  const bool masked = a.mask.data != nullptr;
-  Stream<bool, bool> mask(Walk<const bool>(a.mask, p, lanes.sentence, 0, backwards),
-                          memory + (kParts + 2) * kRing);
+  Padding padding(a.mask, p, lanes.sentence, backwards);
   Walk<T> output(a.grad_projections, p, lanes.sentence, part_column, backwards);
 
-  struct Step {
-    X q, k, v, o, grad, state;
-    bool padded;
-  };
   X initial = {};
   if (a.initial_state.data != nullptr) {
     initial =
         load<kWidth>(a.initial_state.data + lanes.sentence * a.initial_state.batch_stride + column);
   }
+  S carry[kWidth] = {};
+  struct Step {
+    X q, k, v, o, grad, state;
+  };
   const auto fetch = [&](int slot, bool first) {
     q.fetch(slot);
     k.fetch(slot);
@@ -467,9 +495,6 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const BackwardArgs<T> 
     if (!first) {
       state.fetch(slot);
     }
-    if (masked) {
-      mask.fetch(slot);
-    }
   };
   const auto read = [&](int slot, bool first) {
     Step step;
@@ -480,73 +505,74 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const BackwardArgs<T> 
       step.o = o.read(slot);
     }
     step.grad = grad.read(slot);
-    step.state = initial;
-    if (!first) {
-      step.state = state.read(slot);
-    }
-    step.padded = masked && mask.read(slot);
+    step.state = first ? initial : state.read(slot);
     return step;
+  };
+  const auto compute = [&](const Step& step, bool padded) {
+    S x[4][kWidth] = {}, h[kWidth], grad_next[kWidth];
+    step.q.unpack(x[0]);
+    step.k.unpack(x[1]);
+    step.v.unpack(x[2]);
+    if constexpr (kGate) {
+      step.o.unpack(x[3]);
+    }
+    step.grad.unpack(grad_next);
+    step.state.unpack(h);
+#pragma unroll
+    for (int i = 0; i < kWidth; ++i) {
+      carry[i] += grad_next[i];
+      const Grad<S> g = lrn::backward<kTanh, kGate, S, Gates<T>>(x[0][i], x[1][i], x[2][i], x[3][i],
+                                                                 h[i], next[i], carry[i]);
+      x[0][i] = padded ? S(0) : g.q;
+      x[1][i] = padded ? S(0) : g.k;
+      x[2][i] = padded ? S(0) : g.v;
+      x[3][i] = padded ? S(0) : g.o;
+      carry[i] = padded ? carry[i] : g.h;
+      next[i] = h[i];
+    }
+#pragma unroll
+    for (int number = 0; number < kParts; ++number) {
+      store<kWidth>(output.at + number * p.size, x[number]);
+    }
+    output.move();
   };
 
 #pragma unroll 1
-  for (int slot = 0; slot < kSteps; ++slot) {
+  for (int slot = 0; slot < kSteps<X>; ++slot) {
     if (slot < p.steps) {
       fetch(slot, slot + 1 == p.steps);
     }
+    if (slot % kGroup == kGroup - 1) {
+      commit();
+    }
+  }
+  padding.fetch(p.steps);
+  int slot = 0;
+  int64_t rest = p.steps;
+#pragma unroll 1
+  for (; rest > kGroup; rest -= kGroup, slot = (slot + kGroup) % kSteps<X>) {
+    const uint32_t padded = padding.read();
+    padding.fetch(rest - kGroup);
+    wait<kSteps<X> / kGroup - 1>();
+    Step steps[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      steps[j] = read(slot + j, false);
+    }
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      compute(steps[j], padded >> j & 1);
+      if (rest > kSteps<X> + j) {
+        fetch(slot + j, rest == kSteps<X> + j + 1);
+      }
+    }
     commit();
   }
-  S carry[kWidth] = {};
-  wait<kSteps - 1>();
-  Step step = {};
-  if (p.steps > 0) {
-    step = read(0, p.steps == 1);
-  }
-  int slot = 0;
+  wait<0>();
+  uint32_t padded = padding.read();
 #pragma unroll 1
-  for (int64_t rest = p.steps; rest > 0; rest -= kUnroll, slot = (slot + kUnroll) % kSteps) {
-    const int left = static_cast<int>(rest < kMany ? rest : kMany);
-#pragma unroll
-    for (int j = 0; j < kUnroll; ++j) {
-      if (j >= left) {
-        break;
-      }
-      Step next_step = step;
-      if (j + 1 < left) {
-        wait<kSteps - 2>();
-        next_step = read(j + 1 < kUnroll ? slot + j + 1 : (slot + kUnroll) % kSteps, j + 2 == left);
-      }
-      S x[4][kWidth] = {}, h[kWidth], grad_next[kWidth];
-      step.q.unpack(x[0]);
-      step.k.unpack(x[1]);
-      step.v.unpack(x[2]);
-      if constexpr (kGate) {
-        step.o.unpack(x[3]);
-      }
-      step.state.unpack(h);
-      step.grad.unpack(grad_next);
-#pragma unroll
-      for (int i = 0; i < kWidth; ++i) {
-        carry[i] += grad_next[i];
-        const Grad<S> g = lrn::backward<kTanh, kGate, S, Gates<T>>(
-            x[0][i], x[1][i], x[2][i], x[3][i], h[i], next[i], carry[i]);
-        x[0][i] = step.padded ? S(0) : g.q;
-        x[1][i] = step.padded ? S(0) : g.k;
-        x[2][i] = step.padded ? S(0) : g.v;
-        x[3][i] = step.padded ? S(0) : g.o;
-        carry[i] = step.padded ? carry[i] : g.h;
-        next[i] = h[i];
-      }
-#pragma unroll
-      for (int number = 0; number < kParts; ++number) {
-        store<kWidth>(output.at + number * p.size, x[number]);
-      }
-      output.move();
-      if (j + kSteps < left) {
-        fetch(slot + j, j + kSteps + 1 == left);
-      }
-      commit();
-      step = next_step;
-    }
+  for (; rest > 0; --rest, ++slot, padded >>= 1) {
+    compute(read(slot, rest == 1), padded & 1);
   }
   if (a.grad_initial_state.data != nullptr) {
     store<kWidth>(
@@ -573,29 +599,25 @@ auto pick(const BackwardArgs<T>& a) {
                           : backward_kernel<T, kWidth, false, false>);
 }
 
-// Puts a kernel on the stream: 16 bytes an access where alignment allows and enough threads are
-// left to fill the card, else 4, else one element.
-template <typename T, template <typename> class Args>
+// Puts a kernel on the stream: the widest accesses, of 16 bytes at most, that alignment allows and
+// that leave enough threads to each multiprocessor.
+template <typename T, template <typename> class Args, int kWidth = 16 / sizeof(T)>
 cudaError_t launch(const Args<T>& a, int multiprocessors, cudaStream_t stream) {
-  constexpr int kWide = 16 / sizeof(T);
-  constexpr int kPair = std::max<int>(1, 4 / sizeof(T));
   const Problem& p = a.problem;
-  const int64_t lanes = p.batch * p.directions * p.size;
-  if (lanes == 0) {
+  const int64_t threads = p.batch * p.directions * p.size / kWidth;
+  if constexpr (kWidth > 1) {
+    if (p.size % kWidth != 0 || !a.aligned(kWidth) || threads < 96LL * multiprocessors) {
+      return launch<T, Args, kWidth / 2>(a, multiprocessors, stream);
+    }
+  }
+  if (threads == 0) {
     return cudaSuccess;
   }
-  const auto good = [&](int64_t width) {
-    return p.size % width == 0 && a.aligned(width) && lanes / width >= 192LL * multiprocessors;
-  };
-  const int width = good(kWide) ? kWide : good(kPair) ? kPair : 1;
-  const auto kernel = width == kWide   ? pick<T, kWide>(a)
-                      : width == kPair ? pick<T, kPair>(a)
-                                       : pick<T, 1>(a);
-  const int64_t threads = lanes / width;
   const unsigned block = threads < kBlock * int64_t(multiprocessors) ? 32 : kBlock;
   void* parameters[] = {const_cast<Args<T>*>(&a)};
-  return cudaLaunchKernel(kernel, dim3(static_cast<unsigned>((threads + block - 1) / block)),
-                          dim3(block), parameters, 0, stream);
+  return cudaLaunchKernel(pick<T, kWidth>(a),
+                          dim3(static_cast<unsigned>((threads + block - 1) / block)), dim3(block),
+                          parameters, 0, stream);
 }
 
 }  // namespace cuda

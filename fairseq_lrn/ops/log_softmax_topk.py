@@ -38,8 +38,8 @@ def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tup
     scores = scores.detach().float()
     if loaded and scores.device.type == "cpu":
         return torch.ops.fairseq_lrn.log_softmax_topk(scores, k, exclude)
-    log_probs = scores.log_softmax(1)
-    log_probs[log_probs.isnan()] = -torch.inf
-    log_probs[:, list(exclude)] = -torch.inf
-    values, indices = log_probs.topk(k)
-    return values, indices
+    # the greatest scores, and not the greatest of probabilities that rounding may have made equal
+    columns = torch.tensor(exclude, dtype=torch.int64, device=scores.device)
+    best, indices = scores.index_fill(1, columns, -torch.inf).topk(k)
+    log_probs = best - scores.logsumexp(1, keepdim=True)
+    return log_probs.masked_fill(log_probs.isnan(), -torch.inf), indices

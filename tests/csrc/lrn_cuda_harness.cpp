@@ -30,22 +30,39 @@ extern "C" int backward(int dtype, const void* args, int multiprocessors) {
   return launch<lrn::cuda::BackwardArgs>(dtype, args, multiprocessors);
 }
 
-#ifndef __CUDACC__
-extern "C" void copy_late(bool late) { lrn::cuda::late = late; }
-
 namespace {
 
 template <typename T>
-void gates(const float* x, float* sigmoid, float* tanh, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) {
-    sigmoid[i] = lrn::cuda::Gates<T>::sigmoid(x[i]);
-    tanh[i] = lrn::cuda::Gates<T>::tanh(x[i]);
+struct GateArgs {
+  const float* x;
+  float *sigmoid, *tanh;
+  int64_t count;
+};
+
+template <typename T>
+__global__ void gates_kernel(const GateArgs<T> a) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (i < a.count) {
+    a.sigmoid[i] = lrn::cuda::Gates<T>::sigmoid(a.x[i]);
+    a.tanh[i] = lrn::cuda::Gates<T>::tanh(a.x[i]);
   }
+}
+
+template <typename T>
+int gates(GateArgs<T> args) {
+  void* parameters[] = {&args};
+  const unsigned blocks = static_cast<unsigned>((args.count + 255) / 256);
+  return cudaLaunchKernel(gates_kernel<T>, dim3(blocks), dim3(256), parameters, 0, nullptr);
 }
 
 }  // namespace
 
-extern "C" void gates(int dtype, const float* x, float* sigmoid, float* tanh, int64_t count) {
-  (dtype == 0 ? gates<float> : gates<__nv_bfloat16>)(x, sigmoid, tanh, count);
+// On the default stream.
+extern "C" int gates(int dtype, const float* x, float* sigmoid, float* tanh, int64_t count) {
+  return dtype == 0 ? gates(GateArgs<float>{x, sigmoid, tanh, count})
+                    : gates(GateArgs<__nv_bfloat16>{x, sigmoid, tanh, count});
 }
+
+#ifndef __CUDACC__
+extern "C" void copy_late(bool late) { lrn::cuda::late = late; }
 #endif

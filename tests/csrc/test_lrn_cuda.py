@@ -1,4 +1,7 @@
-"""The CUDA kernels without a GPU: run thread by thread on the CPU, and the compiler's report on them."""
+"""The CUDA kernels without a GPU: run thread by thread on the CPU, and the compiler's report on them.
+
+With one, its gates too.
+"""
 
 import ctypes
 import itertools
@@ -10,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from batches import DEVICES
 from torch.utils.cpp_extension import include_paths
 
 from fairseq_lrn.ops import lrn_scan_reference
@@ -207,14 +211,24 @@ def test_strides_past_32_bits(kernels, axis, tmp_path):
     ],
     ids=["float32", "bfloat16"],
 )
-def test_gates(kernels, dtype, sigmoid_error, tanh_error):
-    """Over all of float32, with the instructions as wrong as their manual allows."""
+@pytest.mark.parametrize("device", DEVICES)
+def test_gates(request, tmp_path, device, dtype, sigmoid_error, tanh_error):
+    """Over all of float32; on the CPU with the instructions as wrong as their manual allows."""
+    if device == "cpu":
+        kernels = request.getfixturevalue("kernels")
+    elif shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    else:
+        library = tmp_path / "kernels.so"
+        options = ["-std=c++17", "-arch=native", "-shared", "-Xcompiler", "-fPIC", "-x", "cu"]
+        subprocess.run(["nvcc", *options, f"-I{KERNELS}", str(HARNESS), "-o", str(library)], check=True)
+        kernels = ctypes.CDLL(str(library))
     bits = torch.arange(-(2**31), 2**31, 4099).to(torch.int32)
     special = torch.tensor([0.0, -0.0, float("inf"), -float("inf"), float("nan")])
-    x = torch.cat([bits.view(torch.float32), torch.linspace(-12, 12, 200001), special])
+    x = torch.cat([bits.view(torch.float32), torch.linspace(-12, 12, 200001), special]).to(device)
     sigmoid, tanh = torch.empty_like(x), torch.empty_like(x)
     pointers = [ctypes.c_void_p(tensor.data_ptr()) for tensor in (x, sigmoid, tanh)]
-    kernels.gates(list(TOLERANCE).index(dtype), *pointers, ctypes.c_int64(len(x)))
+    assert kernels.gates(list(TOLERANCE).index(dtype), *pointers, ctypes.c_int64(len(x))) == 0
     results = [(sigmoid, x.double().sigmoid(), sigmoid_error), (tanh, x.double().tanh(), tanh_error)]
     for result, exact, error in results:
         assert torch.equal(result.isnan(), exact.isnan())
@@ -240,7 +254,7 @@ def test_compilers_report(architecture, tmp_path):
     report = re.findall(
         r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stdout
     )
-    # Two passes, activations and output gates, and an access width for each of 1, 4 and 16 bytes.
-    assert len(report) == 8 * 10
+    # Two passes, activations and output gates, and access widths from one element to 16 bytes; the gates.
+    assert len(report) == 8 * (3 + 2 + 4 + 4) + 2
     assert set(report) == {("0", "0", "0")}
     assert "warning" not in done.stdout
