@@ -318,10 +318,10 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
     heads = max(1, width // 64)
     models: Dict[str, Dict[str, Any]] = {
         "lrn": {"--arch": "lrn", **wide, "--decoder-attention-heads": heads},
-        "lstm": {"--arch": "lstm", "--encoder-bidirectional": None, "--decoder-out-embed-dim": width,
-                 **{f"--{side}-hidden-size": width for side in ("encoder", "decoder")}},
         "transformer": {"--arch": "transformer", **wide,
                         **{f"--{side}-attention-heads": heads for side in ("encoder", "decoder")}},
+        "lstm": {"--arch": "lstm", "--encoder-bidirectional": None, "--decoder-out-embed-dim": width,
+                 **{f"--{side}-hidden-size": width for side in ("encoder", "decoder")}},
     }  # fmt: skip
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as folder:
