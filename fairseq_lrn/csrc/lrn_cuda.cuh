@@ -72,8 +72,9 @@ struct BackwardArgs {
   }
 };
 
-// The hardware's own instructions. Largest relative errors by the PTX manual: ex2 2^-22, rcp 2^-23,
-// tanh 2^-11; ex2 and rcp flush subnormal numbers to zero; tanh is there from Turing (7.5) on.
+// The hardware's own instructions. Largest relative errors by the PTX manual, within which gates
+// were on a card, too (tests/csrc): ex2 2^-22, rcp 2^-23, tanh 2^-11; ex2 and rcp flush subnormal
+// numbers to zero; tanh is there from Turing (7.5) on.
 #if defined(__CUDACC__)
 LRN_HD float ex2_approx(float x) {
   float y;
