@@ -336,6 +336,51 @@ struct Padding {
   }
 };
 
+// All time steps, through rings of kSlots: fetch(slot, last) asks for the elements of one step and
+// read(slot, last) gets them, last telling of the last step; compute(elements, padded) does the
+// rest.
+template <int kSlots, typename Fetch, typename Read, typename Compute>
+LRN_HD void run(int64_t steps, Padding& padding, const Fetch& fetch, const Read& read,
+                const Compute& compute) {
+#pragma unroll 1
+  for (int slot = 0; slot < kSlots; ++slot) {
+    if (slot < steps) {
+      fetch(slot, slot + 1 == steps);
+    }
+    if (slot % kGroup == kGroup - 1) {
+      commit();
+    }
+  }
+  padding.fetch(steps);
+  int slot = 0;
+  int64_t rest = steps;
+#pragma unroll 1
+  for (; rest > kGroup; rest -= kGroup, slot = (slot + kGroup) % kSlots) {
+    const uint32_t padded = padding.read();
+    padding.fetch(rest - kGroup);
+    wait<kSlots / kGroup - 1>();
+    decltype(read(0, false)) elements[kGroup];
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      elements[j] = read(slot + j, false);
+    }
+#pragma unroll
+    for (int j = 0; j < kGroup; ++j) {
+      compute(elements[j], padded >> j & 1);
+      if (rest > kSlots + j) {
+        fetch(slot + j, rest == kSlots + j + 1);
+      }
+    }
+    commit();
+  }
+  wait<0>();
+  uint32_t padded = padding.read();
+#pragma unroll 1
+  for (; rest > 0; --rest, ++slot, padded >>= 1) {
+    compute(read(slot, rest == 1), padded & 1);
+  }
+}
+
 template <typename T, int kWidth, bool kTanh, bool kGate>
 __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a) {
   using S = State<T>;
@@ -363,7 +408,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a)
   struct Step {
     X q, k, v, o;
   };
-  const auto fetch = [&](int slot) {
+  const auto fetch = [&](int slot, bool) {
     q.fetch(slot);
     k.fetch(slot);
     v.fetch(slot);
@@ -371,7 +416,7 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a)
       o.fetch(slot);
     }
   };
-  const auto read = [&](int slot) {
+  const auto read = [&](int slot, bool) {
     Step step;
     step.q = q.read(slot);
     step.k = k.read(slot);
@@ -399,47 +444,11 @@ __global__ void __launch_bounds__(kBlock) forward_kernel(const ForwardArgs<T> a)
     output.move();
   };
 
-#pragma unroll 1
-  for (int slot = 0; slot < kSteps<X>; ++slot) {
-    if (slot < p.steps) {
-      fetch(slot);
-    }
-    if (slot % kGroup == kGroup - 1) {
-      commit();
-    }
-  }
-  padding.fetch(p.steps);
   if (a.initial_state.data != nullptr) {
     load<kWidth>(a.initial_state.data + lanes.sentence * a.initial_state.batch_stride + column)
         .unpack(h);
   }
-  int slot = 0;
-  int64_t rest = p.steps;
-#pragma unroll 1
-  for (; rest > kGroup; rest -= kGroup, slot = (slot + kGroup) % kSteps<X>) {
-    const uint32_t padded = padding.read();
-    padding.fetch(rest - kGroup);
-    wait<kSteps<X> / kGroup - 1>();
-    Step steps[kGroup];
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      steps[j] = read(slot + j);
-    }
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      compute(steps[j], padded >> j & 1);
-      if (rest > kSteps<X> + j) {
-        fetch(slot + j);
-      }
-    }
-    commit();
-  }
-  wait<0>();
-  uint32_t padded = padding.read();
-#pragma unroll 1
-  for (; rest > 0; --rest, ++slot, padded >>= 1) {
-    compute(read(slot), padded & 1);
-  }
+  run<kSteps<X>>(p.steps, padding, fetch, read, compute);
 }
 
 template <typename T, int kWidth, bool kTanh, bool kGate>
@@ -538,43 +547,7 @@ __global__ void __launch_bounds__(kBlock) backward_kernel(const BackwardArgs<T> 
     output.move();
   };
 
-#pragma unroll 1
-  for (int slot = 0; slot < kSteps<X>; ++slot) {
-    if (slot < p.steps) {
-      fetch(slot, slot + 1 == p.steps);
-    }
-    if (slot % kGroup == kGroup - 1) {
-      commit();
-    }
-  }
-  padding.fetch(p.steps);
-  int slot = 0;
-  int64_t rest = p.steps;
-#pragma unroll 1
-  for (; rest > kGroup; rest -= kGroup, slot = (slot + kGroup) % kSteps<X>) {
-    const uint32_t padded = padding.read();
-    padding.fetch(rest - kGroup);
-    wait<kSteps<X> / kGroup - 1>();
-    Step steps[kGroup];
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      steps[j] = read(slot + j, false);
-    }
-#pragma unroll
-    for (int j = 0; j < kGroup; ++j) {
-      compute(steps[j], padded >> j & 1);
-      if (rest > kSteps<X> + j) {
-        fetch(slot + j, rest == kSteps<X> + j + 1);
-      }
-    }
-    commit();
-  }
-  wait<0>();
-  uint32_t padded = padding.read();
-#pragma unroll 1
-  for (; rest > 0; --rest, ++slot, padded >>= 1) {
-    compute(read(slot, rest == 1), padded & 1);
-  }
+  run<kSteps<X>>(p.steps, padding, fetch, read, compute);
   if (a.grad_initial_state.data != nullptr) {
     store<kWidth>(
         a.grad_initial_state.data + lanes.sentence * a.grad_initial_state.batch_stride + column,
