@@ -67,7 +67,7 @@ at::Tensor scan(const at::Tensor& projections, const std::optional<at::Tensor>& 
                 const std::optional<at::Tensor>& padding_mask, const std::string& activation,
                 bool output_gate, bool reverse, bool bidirectional);
 
-// As at::linear, without gradients, on the CPU.
+// As at::linear, on the CPU; its gradients are the operator's of this name.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias);
 

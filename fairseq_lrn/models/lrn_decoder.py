@@ -8,9 +8,9 @@ import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
-from ..ops._library import loaded
+from ..ops import linear
 from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
-from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers, fit_operators
+from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 
 
 class LRNDecoder(FairseqIncrementalDecoder):
@@ -37,7 +37,6 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.num_layers = len(self.layers)
         self.layer_norm = nn.LayerNorm(embed_dim)
 
-        self.generates = False
         self.adaptive_softmax = None
         self.output_projection = None
         if cfg.adaptive_softmax_cutoff is not None:
@@ -142,14 +141,10 @@ class LRNDecoder(FairseqIncrementalDecoder):
         if self.output_projection is None:
             return features
         if not torch.jit.is_scripting():
-            plain = self.generates and type(self.output_projection) is nn.Linear
-            if plain and fit_operators(features):
-                return torch.ops.fairseq_lrn.linear(features, self.output_projection.weight)
+            layer = self.output_projection
+            if type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks):
+                return linear(features, layer.weight, layer.bias)
         return self.output_projection(features)
-
-    def make_generation_fast_(self, **kwargs) -> None:
-        """As fairseq calls it before it translates: from now on few rows of features have an operator."""
-        self.generates = loaded
 
     @torch.jit.export
     def reorder_incremental_state(

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops import lrn_scan
+from ..ops import linear, lrn_scan
 from .dropout import dropout
 
 
@@ -309,7 +309,7 @@ class LRN(nn.Module):
         bias: Optional[Tensor] = None
         if self.bias:
             bias = weights[1]
-        projections = F.linear(x, weights[0], bias)
+        projections = linear(x, weights[0], bias)
         if not self.layer_norm:
             return projections
         weight, shift = weights[-2], weights[-1]

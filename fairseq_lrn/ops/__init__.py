@@ -1,7 +1,8 @@
-"""Operators: the LRN recurrence, and what beam search asks of a softmax."""
+"""Operators: the LRN recurrence, a linear layer, and what beam search asks of a softmax."""
 
+from .linear import linear
 from .log_softmax_topk import log_softmax_topk
 from .reference import lrn_scan_reference
 from .scan import lrn_scan
 
-__all__ = ["log_softmax_topk", "lrn_scan", "lrn_scan_reference"]
+__all__ = ["linear", "log_softmax_topk", "lrn_scan", "lrn_scan_reference"]
