@@ -9,7 +9,7 @@ from fairseq.models.transformer import Linear
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
-from .base import Dropout, build_output_projection, find_padding, pick_sentences
+from .base import Dropout, build_output_projection, find_padding, pick_sentences, project
 
 
 class DeepNMTDecoder(FairseqIncrementalDecoder):
@@ -113,7 +113,7 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V)."""
-        return self.output_projection(features)
+        return project(self.output_projection, features)
 
     def reorder_incremental_state(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor

@@ -8,8 +8,7 @@ import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
-from ..ops import linear
-from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
+from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences, project
 from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 
 
@@ -141,9 +140,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         if self.output_projection is None:
             return features
         if not torch.jit.is_scripting():
-            layer = self.output_projection
-            if type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks):
-                return linear(features, layer.weight, layer.bias)
+            return project(self.output_projection, features)
         return self.output_projection(features)
 
     @torch.jit.export

@@ -20,6 +20,7 @@ from .base import (
     check_cell,
     check_positive,
     find_padding,
+    project,
 )
 
 
@@ -173,7 +174,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
-        return features if self.output_projection is None else self.output_projection(features)
+        return features if self.output_projection is None else project(self.output_projection, features)
 
     def reorder_incremental_state(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor

@@ -7,7 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
-from ..ops import lrn_scan
+from ..ops import linear, lrn_scan
 from .lrn import LRN
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
@@ -23,7 +23,7 @@ class LRNCell(nn.Module):
 
     def project(self, input: Tensor) -> Tensor:
         """What does not wait for the state: (..., input_size) to (..., 3·hidden_size or 4·hidden_size)."""
-        return nn.functional.linear(input, self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
+        return linear(input, self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
 
     def scan(
         self,
@@ -101,7 +101,7 @@ class ATRCell(nn.Module):
 
     def project(self, input: Tensor) -> Tensor:
         """What does not wait for the state: (..., input_size) to (..., hidden_size)."""
-        return self.input(input)
+        return linear(input, self.input.weight, self.input.bias)
 
     def step(self, p: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection and the state (B, H)."""
@@ -129,7 +129,7 @@ class SRUCell(nn.Module):
 
     def project(self, input: Tensor) -> Tensor:
         """What does not wait for the state: (..., input_size) to (..., 4·hidden_size)."""
-        return nn.functional.linear(input, self.weight)
+        return linear(input, self.weight)
 
     def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection (B, 4·H) and the state (B, H)."""
