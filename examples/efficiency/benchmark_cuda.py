@@ -240,10 +240,8 @@ def operator_rows(shape: Shape, repetitions: int) -> Iterator[Row]:
     for size, dtype, options in variants:
         forward, backward = scan_contenders(size, dtype, **options)
         contenders = {"forward": forward, "backward": backward}
-        copies = {name: copy_contender(contender.bytes) for name, contender in contenders.items()}
-        times = measure(
-            {**contenders, **{f"{name}'s copy": copy for name, copy in copies.items()}}, repetitions
-        )
+        copies = {f"copy, {name}": copy_contender(contender.bytes) for name, contender in contenders.items()}
+        times = measure({**contenders, **copies}, repetitions)
         target = "≥ 0.85 of copy" if dtype == torch.bfloat16 and not options else ""
         words = [name if value is True else str(value) for name, value in options.items()]
         title = ", ".join([describe(size), str(dtype)[6:], *words])
@@ -253,7 +251,7 @@ def operator_rows(shape: Shape, repetitions: int) -> Iterator[Row]:
                 f"{name}, {title}",
                 times[name],
                 f"{rate:.2f} TB/s, {rate / copy_rate:.2f} of copy, "
-                f"{times[name + chr(39) + 's copy'] / times[name]:.2f} of a copy of as many bytes",
+                f"{times[f'copy, {name}'] / times[name]:.2f} of a copy of as many bytes",
                 target,
             )
 
