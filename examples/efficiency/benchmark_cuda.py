@@ -406,7 +406,8 @@ def main() -> None:
 
     facts = {**environment(), **card()}
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
-    print("\n| what | ms | measured | target |\n|---|---|---|---|", flush=True)
+    if CUDA:
+        print("\n| what | ms | measured | target |\n|---|---|---|---|", flush=True)
     rows: List[Row] = []
     for part in args.parts:
         if part == "operator":

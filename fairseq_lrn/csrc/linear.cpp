@@ -170,13 +170,13 @@ struct Linear : torch::autograd::Function<Linear> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const Tensor grad = grads[0].flatten(0, -2), input = saved[0].flatten(0, -2);
+    const Tensor grad = grads[0].flatten(0, -2);
     variable_list result(3);
     if (context->needs_input_grad(0)) {
-      result[0] = call(grads[0], saved[1].t(), std::nullopt);
+      result[0] = call(grad, saved[1].t(), std::nullopt).view_as(saved[0]);
     }
     if (context->needs_input_grad(1)) {
-      result[1] = call(grad.t(), input.t(), std::nullopt);
+      result[1] = call(grad.t(), saved[0].flatten(0, -2).t(), std::nullopt);
     }
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) {
       result[2] = grad.sum(0);
