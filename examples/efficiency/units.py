@@ -8,6 +8,7 @@ Each measurement is a process of its own, so that its peak of memory is too; the
 import argparse
 import json
 import logging
+import os
 import platform
 import resource
 import statistics
@@ -174,13 +175,16 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.model, scale, device)))
         return
 
+    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}  # as in ../recipe.sh
     measured: Dict[str, List[Dict[str, float]]] = {cell: [] for cell in CELLS}
     for i in range(args.rounds):
         for cell in CELLS[i % len(CELLS) :] + CELLS[: i % len(CELLS)]:
             print(f"round {i + 1} of {args.rounds}: {cell}", file=sys.stderr, flush=True)
             words = [sys.executable, __file__, *sys.argv[1:], "--measure", cell]
-            output = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
-            measured[cell].append(json.loads(output.splitlines()[-1]))
+            run = subprocess.run(
+                words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **kept}
+            )
+            measured[cell].append(json.loads(run.stdout.splitlines()[-1]))
     medians = {
         cell: {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
         for cell, rounds in measured.items()
