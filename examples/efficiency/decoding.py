@@ -22,6 +22,7 @@ from typing import Dict, List, Tuple
 import fairseq
 import torch
 from sacrebleu import corpus_bleu
+from units import KEEP_MEMORY
 
 import fairseq_lrn
 
@@ -55,13 +56,7 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores
     if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
         words += ["--distributed-world-size", 8]
-    environment = {
-        **os.environ,
-        "OMP_NUM_THREADS": str(threads),
-        # as in ../recipe.sh
-        "MALLOC_MMAP_MAX_": "0",
-        "MALLOC_TRIM_THRESHOLD_": "1000000000000",
-    }
+    environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen([str(word) for word in words], stdout=out, stderr=err, env=environment)
         # The peak is at least this script's own; fairseq-generate imports all that this does, and more.

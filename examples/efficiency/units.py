@@ -27,6 +27,9 @@ import fairseq_lrn.models  # noqa: F401  registers them
 from fairseq_lrn.modules import CELLS
 from fairseq_lrn.tasks.translation import BeamSearchGenerator
 
+# Environment of each measurement, as in ../recipe.sh
+KEEP_MEMORY = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}
+
 # Zhang and Sennrich (2019): millions of parameters, training s/batch, decoding ms/sentence
 PAPER = {
     "lrn": (143, 0.99, 36.50),
@@ -175,14 +178,13 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.model, scale, device)))
         return
 
-    kept = {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": "1000000000000"}  # as in ../recipe.sh
     measured: Dict[str, List[Dict[str, float]]] = {cell: [] for cell in CELLS}
     for i in range(args.rounds):
         for cell in CELLS[i % len(CELLS) :] + CELLS[: i % len(CELLS)]:
             print(f"round {i + 1} of {args.rounds}: {cell}", file=sys.stderr, flush=True)
             words = [sys.executable, __file__, *sys.argv[1:], "--measure", cell]
             run = subprocess.run(
-                words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **kept}
+                words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **KEEP_MEMORY}
             )
             measured[cell].append(json.loads(run.stdout.splitlines()[-1]))
     medians = {
