@@ -1,21 +1,10 @@
-"""A script in a fork of a process that has imported fairseq: importing takes most of a command's time."""
+"""A script in a fork of a process that has imported fairseq (warm.py)."""
 
 import logging
 import os
 import runpy
 import sys
 from typing import List
-
-# torch._dynamo is what making an optimizer imports
-IMPORTED = [
-    "pytest",
-    "torch._dynamo",
-    "fairseq",
-    "fairseq.trainer",
-    "fairseq.sequence_generator",
-    "hydra",
-    "sacrebleu",
-]
 
 
 def execute(words: List[str], input: str, output: str, before: str) -> None:
