@@ -100,7 +100,7 @@ class LRNReaderModel(BaseFairseqModel):
             memory, mask = (question, question_mask) if with_question else (x, passage_mask)
             x = self.dropout(rnn(attention(x, memory, mask), None, passage_mask)[0])
         pooled = self.pooling(question, question_mask)
-        keys = self.pointer.project(x)
+        keys, x = self.pointer.project(x, passage_mask)
         start = self.pointer.scores(pooled, keys, passage_mask).squeeze(1)
         found = torch.einsum("bt,tbc->bc", start.softmax(1), x)
         # LSTM's state is h | c, and c begins with zeros

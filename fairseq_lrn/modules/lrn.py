@@ -11,7 +11,9 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import linear, lrn_scan
+from ..ops.scan import autocast_enabled, check_strided, dtype_name
 from .dropout import dropout
+from .padding import zero_padding
 
 
 class LRN(nn.Module):
@@ -230,6 +232,12 @@ class LRN(nn.Module):
             raise ValueError("padding_mask must be None with a PackedSequence, which knows its lengths")
         if data.dim() != 2:
             raise ValueError(f"input must have 2 axes in a PackedSequence, got {data.dim()}")
+        longest_first = batch_sizes.numel() > 0 and not (batch_sizes[1:] > batch_sizes[:-1]).any()
+        if not longest_first or batch_sizes[-1] < 1 or int(batch_sizes.sum()) != len(data):
+            raise ValueError(
+                "input must have positive batch_sizes, none greater than the one before, that add up to its "
+                f"{len(data)} rows of data in a PackedSequence, got {batch_sizes.tolist()}"
+            )
         self._check(data, hx, [self._states(), int(batch_sizes[0]), self.hidden_size])
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
@@ -244,22 +252,27 @@ class LRN(nn.Module):
         return self.num_layers * (2 if self.bidirectional else 1)
 
     def _check(self, input: Tensor, hx: Optional[Tensor], state_shape: List[int]) -> None:
+        check_strided("input", input)
+        if hx is not None:
+            check_strided("hx", hx)
         if input.size(-1) != self.input_size:
             raise ValueError(f"input's last axis must be input_size={self.input_size}, got {input.size(-1)}")
         if hx is not None and list(hx.shape) != state_shape:
             raise ValueError(f"hx must have shape {state_shape}, got {list(hx.shape)}")
-        if not torch.jit.is_scripting():
-            device = self.weight_ih_l0.device
-            if input.device != device:
-                raise ValueError(f"input must be on {device} as the parameters are, but is on {input.device}")
-            if hx is not None and hx.device != device:
-                raise ValueError(f"hx must be on {device} as the parameters are, but is on {hx.device}")
-            if not torch._C._is_any_autocast_enabled():
-                dtype = self.weight_ih_l0.dtype
-                if input.dtype != dtype:
-                    raise TypeError(f"input must be {dtype} as the parameters are, got {input.dtype}")
-                if hx is not None and hx.dtype != dtype:
-                    raise TypeError(f"hx must be {dtype} as the parameters are, got {hx.dtype}")
+        device, dtype = self.weight_ih_l0.device, self.weight_ih_l0.dtype
+        if input.device != device:
+            raise ValueError(f"input must be on {device} as the parameters are, but is on {input.device}")
+        if hx is not None and hx.device != device:
+            raise ValueError(f"hx must be on {device} as the parameters are, but is on {hx.device}")
+        if not autocast_enabled(input):
+            if input.dtype != dtype:
+                raise TypeError(
+                    f"input must be {dtype_name(dtype)} as the parameters are, got {dtype_name(input.dtype)}"
+                )
+            if hx is not None and hx.dtype != dtype:
+                raise TypeError(
+                    f"hx must be {dtype_name(dtype)} as the parameters are, got {dtype_name(hx.dtype)}"
+                )
 
     def _run(
         self, x: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor], rows: Optional[Tensor]
@@ -269,6 +282,8 @@ class LRN(nn.Module):
         weights = self._weights if torch.jit.is_scripting() else self.all_weights
         size = self.hidden_size
         finals: List[Tensor] = []
+        if padding_mask is not None and rows is None:
+            x = zero_padding(x, padding_mask)
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0 and self.training:
                 x = dropout(x, self.dropout)

@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..ops import linear, lrn_scan
 from .lrn import LRN
+from .padding import zero_padding
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
 
@@ -150,6 +151,8 @@ class Unrolled(nn.Module):
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
+        if padding_mask is not None:
+            input = zero_padding(input, padding_mask)
         outputs, states = [], []
         for i, cell in enumerate(self.cells):
             projected = cell.project(input).unbind(0)
@@ -181,8 +184,10 @@ class Native(nn.Module):
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states are h | c, (D, B, 2·H)."""
         lstm = isinstance(self.rnn, nn.LSTM)
-        if padding_mask is not None and not input.is_cuda:
-            return self._forward_padded(input, hx, padding_mask)
+        if padding_mask is not None:
+            input = zero_padding(input, padding_mask)
+            if not input.is_cuda:
+                return self._forward_padded(input, hx, padding_mask)
         state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if lstm and hx is not None else hx
         if padding_mask is None:
             output, state = self.rnn(input, state)
@@ -298,14 +303,14 @@ class StackedRecurrent(nn.Module):
         cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
         input_size: width of the input
         hidden_size: H, of each direction
-        num_layers: number of layers
+        num_layers: number of layers, at least 1
         bidirectional: with a direction against time, so that D is 2 instead of 1
         dropout: probability with which an input of a layer above the first is zero at every position of a
             sequence (Gal and Ghahramani, NeurIPS 2016)
         activation: "tanh" or "identity", of lrn and olrn; the others have their own
 
     Raises:
-        ValueError: there is no such cell, or it has no such activation
+        ValueError: there is no such cell or number of layers, or it has no such activation
     """
 
     def __init__(
@@ -320,6 +325,8 @@ class StackedRecurrent(nn.Module):
         activation: str = "tanh",
     ) -> None:
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         self.output_size = hidden_size * (1 + bidirectional)
         self.layers = nn.ModuleList(
             build_recurrent(cell, size, hidden_size, bidirectional, activation)
