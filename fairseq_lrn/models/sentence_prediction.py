@@ -4,14 +4,14 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch.nn as nn
 from fairseq.data import Dictionary
-from fairseq.models import BaseFairseqModel
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import Tensor
 
+from .heads import ModelWithHeads
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
-class SentencePredictionModel(BaseFairseqModel):
+class SentencePredictionModel(ModelWithHeads):
     """Words, recurrence, one vector of features a sentence, and classification heads over it.
 
     A subclass names its ``config`` and gives ``feature_size`` and :meth:`extract_features`.
@@ -49,6 +49,11 @@ class SentencePredictionModel(BaseFairseqModel):
         self.classification_heads[name] = RobertaClassificationHead(
             self.feature_size, inner_dim or self.feature_size, num_classes, "tanh", self.cfg.dropout
         )
+
+    def head_of(self, key: str) -> Optional[str]:
+        """Return "classification head (NAME)" for that head's parameters."""
+        parts = key.split(".")
+        return f"classification head ({parts[1]})" if parts[0] == "classification_heads" else None
 
     def extract_features(self, src_tokens: Tensor) -> Tensor:
         """Map word ids (B, T), padded on either side, to features (B, ``feature_size``)."""

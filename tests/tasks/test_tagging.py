@@ -235,6 +235,34 @@ def test_every_other_unit_trains_and_tags(run, data, tmp_path, cell):
     assert re.search(r"'valid' subset \|.* f1 \d", out)
 
 
+def test_fine_tuning_to_other_tags_begins_with_a_new_head(run, data, trained, tmp_path):
+    """All other weights are the checkpoint's; resuming and evaluating are refused."""
+    folder, _ = trained
+    for split in SIZES:
+        (tmp_path / f"{split}.words").symlink_to(data.parent / f"{split}.words")
+        tags = (data.parent / f"{split}.tags").read_text()
+        (tmp_path / f"{split}.tags").write_text(tags.replace("-ORG", "-PER"))
+    prefixes = [f"--{split}pref={tmp_path / split}" for split in SIZES]
+    run("fairseq-preprocess", "-s", "words", "-t", "tags", "--dataset-impl", "raw", "--padding-factor", 1,
+        "--srcdict", data / "dict.words.txt", *prefixes, "--destdir", tmp_path / "bin")  # fmt: skip
+    command = ["fairseq-train", tmp_path / "bin", *PLUGIN, *FIXED, *TRAIN, "--save-dir", tmp_path]
+    checkpoint = folder / "checkpoint_last.pt"
+    out = run(*command, "--lr", 0, "--max-update", 1, "--finetune-from-model", checkpoint)
+    assert "deleting tagging head from checkpoint, with different dimensions than current model" in out
+    old, new = (
+        torch.load(path / "checkpoint_last.pt", weights_only=True)["model"] for path in (folder, tmp_path)
+    )
+    kinds = Dictionary.load(str(tmp_path / "bin" / "dict.tags.txt"))
+    assert new["crf.transitions"].shape == (len(kinds) - kinds.nspecial,) * 2
+    assert old.keys() == new.keys()
+    assert all(torch.equal(new[key], old[key]) for key in new if not key.startswith(("crf.", "projection.")))
+
+    last = run(*command, "--restore-file", checkpoint, "--save-dir", tmp_path / "new", check=False)
+    assert "tagging head is not in the checkpoint that training resumes from" in last.splitlines()[-1]
+    last = run("fairseq-generate", tmp_path / "bin", *PLUGIN, *FIXED, "--path", checkpoint, check=False)
+    assert "tagging head is not in the checkpoint, or has other dimensions" in last.splitlines()[-1]
+
+
 def test_from_a_yaml_file(run, data, tmp_path):
     (tmp_path / "tagging.yaml").write_text(f"""# @package _group_
 common: {{cpu: true, user_dir: {ROOT / "fairseq_lrn"}, log_format: simple, log_interval: 1}}
