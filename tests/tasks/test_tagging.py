@@ -133,11 +133,13 @@ def test_batches_hold_every_word_and_tag_once(data, text):
         ("a b\n", "O O\nO\n", r"words, line 2, has 0 words, but .*\.tags has 1 tags"),
         ("a b\n\nc\n", "O O\n\nO\n", r"words, line 2, has no words"),
         ("a b\n", "O S-ANIMAL\n", r"tags, line 1, has the tag S-ANIMAL, which dict.tags.txt has not"),
+        (b"a\xe4 b\n", "O O\n", r"words, line 1, is not in UTF-8: invalid continuation byte"),
         ("a b\n", "O </s>\n", r"tags, line 1, has the tag </s>, which dict.tags.txt has not"),
     ],
 )
 def test_bad_data_is_named_with_its_line(tmp_path, words, tags, message):
-    (tmp_path / "train.words-tags.words").write_text(words)
+    words = words if isinstance(words, bytes) else words.encode()
+    (tmp_path / "train.words-tags.words").write_bytes(words)
     (tmp_path / "train.words-tags.tags").write_text(tags)
     tag_dictionary = Dictionary()
     tag_dictionary.add_symbol("O")
@@ -277,8 +279,12 @@ checkpoint: {{save_dir: {tmp_path}, best_checkpoint_metric: f1, maximize_best_ch
 hydra: {{run: {{dir: {tmp_path}}}}}
 """)
     run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tagging")
-    tags, _ = tags_of(generate(run, data, tmp_path / "checkpoint_last.pt", "--max-word-length", 12))
-    assert sorted(tags) == list(range(SIZES["test"]))
+    # as many bytes a word as in training, whatever the command line says
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    out, same = (generate(run, data, checkpoint, "--max-word-length", length) for length in (3, 12))
+    assert "--max-word-length is 12, as in training, not 3" in out
+    assert sorted(tags_of(out)[0]) == list(range(SIZES["test"]))
+    assert tags_of(out) == tags_of(same)
 
 
 def test_sentences_that_do_not_fit_are_refused(run, data, tmp_path):
@@ -287,6 +293,20 @@ def test_sentences_that_do_not_fit_are_refused(run, data, tmp_path):
         "fairseq-train", data, *PLUGIN, *FIXED, *train, "--max-tokens", 5, "--save-dir", tmp_path, check=False
     )
     assert "should not exceed max_tokens=5" in out.splitlines()[-1]
+
+
+def test_a_model_that_diverged_is_named(run, data, trained, tmp_path):
+    state = torch.load(trained[0] / "checkpoint_last.pt", weights_only=True)
+    state["model"]["projection.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    command = ["fairseq-interactive", data, *PLUGIN, "--path", tmp_path / "nan.pt", "--cpu"]
+    out = run(*command, input="visits for .\n", check=False)
+    assert "the sentence 'visits for .' has no tags, as its score is nan" in out.splitlines()[-1]
+
+
+def test_words_must_have_bytes(data):
+    with pytest.raises(ValueError, match="--max-word-length is 0, but must be positive"):
+        make_task(data, 0)
 
 
 def test_one_checkpoint_only(run, data, trained):
