@@ -1,7 +1,7 @@
 """What lrn_translation finds, compared with fairseq's own search, and small models to translate with.
 
-Everything goes through the public ways of a user: a task's ``build_generator`` and ``inference_step``, with the
-options of ``fairseq-generate``.
+Everything goes the ways of a user: a task's ``build_generator`` and ``inference_step``, with the options of
+``fairseq-generate``.
 """
 
 import copy
@@ -25,7 +25,7 @@ MARGIN = 1e-5  # below this difference of scores per word, rounding may decide b
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
-def build(model_class=LRNModel, words=54, ends=-2.0, seed=0, **options):
+def build(model_class=LRNModel, words=54, ends=-2.0, seed=0, device="cpu", **options):
     """A random model for a dictionary of ``words``, ready to translate.
 
     Args:
@@ -49,13 +49,14 @@ def build(model_class=LRNModel, words=54, ends=-2.0, seed=0, **options):
             direction = features.mean(0) / features.mean(0).norm()
             level = (features @ weight.t()).logsumexp(1).mean() + ends
             weight[EOS] = direction * level / (features @ direction).mean()
-    return model
+    return model.to(device)
 
 
 def build_bigram(log_probs, impossible=(), seed=0, **options):
-    """An ``lrn`` that gives a word the log-probabilities ``log_probs[last word]``, (V, V), whatever the source.
+    """An ``lrn`` that scores the next word by the last one alone, whatever the source.
 
     Args:
+        log_probs: (V, V), of each next word in the row of the last one
         impossible: words of probability 0 after every word
         options: of the model
     """
@@ -77,39 +78,37 @@ def build_bigram(log_probs, impossible=(), seed=0, **options):
     return model
 
 
-def batch(lengths=(7, 3, 11, 5, 1), words=54, left=True, seed=1):
+def batch(lengths=(7, 3, 11, 5, 1), words=54, left=True, seed=1, device="cpu"):
     """A batch of random sentences, </s> included, padded on one side."""
-    source = sentences(lengths, PAD, left, seed, words)
-    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths)}}
+    source = sentences(lengths, PAD, left, seed, words).to(device)
+    return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=device)}}
 
 
-def build_generator(models, task=LRNTranslationTask, extra=None, allowed=None, **options):
-    """Prepare the models and build the generator as fairseq-generate does, with that command's ``options``.
+def build_generator(models, task=LRNTranslationTask, extra=None, allowed=None, prepared=True, **options):
+    """Build the generator as fairseq-generate does, with that command's ``options``.
 
     Args:
+        prepared: prepare the models as the command does, and as validation with --eval-bleu does not: fairseq
+            neither trains nor pickles models that are
         extra: arguments of the generator that no option gives
         allowed: words that may come next, see fairseq's ``prefix_allowed_tokens_fn``
     """
-    generation = GenerationConfig(**options)
-    for model in models:
-        model.prepare_for_inference_(Namespace(generation=generation))
+    cfg = Namespace(generation=GenerationConfig(**options))
+    for model in models if prepared else []:
+        model.prepare_for_inference_(cfg)
     made = task(TranslationConfig(), models[0].encoder.dictionary, models[0].decoder.dictionary)
     generator = made.build_generator(
-        models, generation, extra_gen_cls_kwargs=extra, prefix_allowed_tokens_fn=allowed
+        models, cfg.generation, extra_gen_cls_kwargs=extra, prefix_allowed_tokens_fn=allowed
     )
     generator.task, generator.translated_by = made, models
     return generator
 
 
-def translate(generator, sample, prefix_tokens=None, constraints=None, bos_token=None):
+def translate(generator, sample, bos_token=None, **call):
     """The hypotheses of each sentence; a ``bos_token`` no task of fairseq's passes on to the generator."""
     if bos_token is not None:
-        return generator.generate(
-            generator.translated_by, sample, prefix_tokens=prefix_tokens, bos_token=bos_token
-        )
-    return generator.task.inference_step(
-        generator, generator.translated_by, sample, prefix_tokens=prefix_tokens, constraints=constraints
-    )
+        return generator.generate(generator.translated_by, sample, bos_token=bos_token, **call)
+    return generator.task.inference_step(generator, generator.translated_by, sample, **call)
 
 
 class MeasuredBeamSearch(BeamSearch):
@@ -143,10 +142,8 @@ class MeasuredBeamSearch(BeamSearch):
 def assert_same(
     models,
     sample,
+    call=None,
     task=LRNTranslationTask,
-    prefix_tokens=None,
-    constraints=None,
-    bos_token=None,
     extra=None,
     allowed=None,
     margin=MARGIN,
@@ -162,8 +159,9 @@ def assert_same(
     Args:
         models: not translated with before; or a list of them
         sample: of fairseq's translation dataset
-        task: ``lrn_translation``, or another one, of a prepared model
-        prefix_tokens, constraints, bos_token, extra, allowed: see :func:`translate`, :func:`build_generator`
+        call: what :func:`translate` takes: ``prefix_tokens``, ``constraints``, ``bos_token``
+        task: whose generator is compared
+        extra, allowed: see :func:`build_generator`
         margin: below which words may differ; 0 where they never may
         tolerance: of scores and attention
         forced: False where scores are not the model's own
@@ -174,46 +172,42 @@ def assert_same(
     """
     models = models if isinstance(models, list) else [models]
     copies = copy.deepcopy(models)
-    given = {"prefix_tokens": prefix_tokens, "constraints": constraints, "bos_token": bos_token}
-    options = {"max_len_b": 12, **options}
+    call, options = call or {}, {"max_len_b": 12, **options}
 
-    fairseqs = TranslationTask(TranslationConfig(), copies[0].encoder.dictionary, copies[0].decoder.dictionary)
-    theirs = fairseqs.build_generator(
-        copies, GenerationConfig(**options), extra_gen_cls_kwargs=extra, prefix_allowed_tokens_fn=allowed
-    )
+    theirs = build_generator(copies, TranslationTask, extra, allowed, prepared=False, **options)
     if type(theirs.search) is BeamSearch:
         theirs.search = MeasuredBeamSearch(copies[0].decoder.dictionary, theirs.eos)
-    theirs.task, theirs.translated_by = fairseqs, copies
-    expected = translate(theirs, copy.deepcopy(sample), **given)
-    found = translate(build_generator(models, task, extra, allowed, **options), sample, **given)
+    expected = translate(theirs, copy.deepcopy(sample), **call)
+    found = translate(build_generator(models, task, extra, allowed, **options), sample, **call)
 
     names = sample["id"].tolist() if "id" in sample else range(len(expected))
     margins = getattr(theirs.search, "margins", {})
     assert_same_hypotheses(found, expected, [margins.get(i, 1) for i in names], margin, tolerance)
     if forced:
-        first = theirs.eos if bos_token is None else bos_token
-        assert_forced(copies, sample, found, first, tolerance, **options)
+        first = call.get("bos_token")
+        assert_forced(copies, sample, found, theirs.eos if first is None else first, tolerance, **options)
     return found
 
 
 def assert_same_hypotheses(found, expected, margins=None, margin=MARGIN, tolerance=TOLERANCE):
     """Assert that the hypotheses of each sentence are those expected, in the same order.
 
-    Words may differ where the sentence's search, one of ``margins``, or its scores are nearer than ``margin``.
+    Words may differ where two scores of a sentence, or its search by ``margins``, are nearer than ``margin``.
     """
     assert [len(beam) for beam in found] == [len(beam) for beam in expected]
     for sentence, (ours, theirs) in enumerate(zip(found, expected)):
         words, wanted = ([x["tokens"].tolist() for x in beam] for beam in (ours, theirs))
         if words != wanted:
             scores = torch.stack([x["score"] for x in theirs])
-            nearest = min(scores.diff().abs().tolist() + [margins[sentence] if margins else float("inf")])
+            nearest = min([*scores.diff().abs().tolist(), margins[sentence] if margins else 1])
             assert nearest < margin, f"sentence {sentence}: {words}, but fairseq has {wanted}, by {nearest}"
             continue
         for one, other in zip(ours, theirs):
             assert set(one) == set(other)
             for name, value in other.items():
-                if not torch.is_tensor(value):  # the alignment that --print-alignment makes
-                    assert one[name] == value
+                if isinstance(value, list):  # the alignment that --print-alignment makes, soft ones as text
+                    numbers = [[[float(x) for x in row] for row in rows] for rows in (one[name], value)]
+                    torch.testing.assert_close(*map(torch.tensor, numbers), **tolerance)
                     continue
                 assert one[name].device == value.device or value.numel() == 0
                 torch.testing.assert_close(one[name], value, **tolerance)
@@ -256,15 +250,30 @@ def values_of(found):
 
 
 @st.composite
-def model_options(draw, words=(20, 300), encoder_layers=(1, 4), decoder_layers=(1, 1), widest=48):
-    """Arguments of :func:`build` for a random ``lrn``; ranges have both ends."""
+def searches(
+    draw,
+    words=(20, 300),
+    encoder_layers=(1, 4),
+    decoder_layers=(1, 1),
+    widest=48,
+    sentences=(1, 6),
+    longest=30,
+    beams=(1, 12),
+    longest_translation=14,
+):
+    """A random ``lrn``, sentences and options of plain beam search; ranges have both ends.
+
+    Returns:
+        arguments of :func:`build` and of :func:`batch`, what :func:`translate` takes, and options
+    """
+    vocabulary, seed = draw(st.integers(*words)), draw(st.integers(0, 99))
     heads = draw(st.integers(1, 3))
     width = heads * draw(st.integers(1, widest // heads))
     shared = draw(st.sampled_from(["nothing", "output", "all"]))
-    return {
-        "words": draw(st.integers(*words)),
+    model = {
+        "words": vocabulary,
         "ends": draw(st.sampled_from([-4.0, -2.0, 0.0])),
-        "seed": draw(st.integers(0, 99)),
+        "seed": seed,
         "encoder_layers": draw(st.integers(*encoder_layers)),
         "decoder_layers": draw(st.integers(*decoder_layers)),
         "decoder_attention_heads": heads,
@@ -279,15 +288,18 @@ def model_options(draw, words=(20, 300), encoder_layers=(1, 4), decoder_layers=(
         "cell_activation": draw(st.sampled_from([None, "tanh"])),
         "activation_fn": draw(st.sampled_from(["relu", "gelu", "tanh"])),
     }
-
-
-@st.composite
-def search_options(draw, beams=(1, 12), longest=14):
-    """Options of fairseq-generate that concern plain beam search."""
-    max_len_a, max_len_b = draw(st.sampled_from([0, 0.3, 1.2])), draw(st.integers(0, longest))
-    return {
+    size = draw(st.integers(*sentences))
+    lengths = draw(st.lists(st.integers(1, longest), min_size=size, max_size=size))
+    source = {"lengths": lengths, "words": vocabulary, "left": draw(st.booleans()), "seed": seed}
+    call = {"bos_token": draw(st.sampled_from([None, 0, vocabulary - 1]))}
+    if draw(st.booleans()):
+        kept = torch.tensor(draw(st.lists(st.integers(0, 4), min_size=size, max_size=size)))
+        prefix = torch.randint(UNK, vocabulary, (size, 4), generator=torch.Generator().manual_seed(seed))
+        call["prefix_tokens"] = prefix.masked_fill(torch.arange(4) >= kept[:, None], PAD)
+    max_len_b = draw(st.integers(0, longest_translation))
+    options = {
         "beam": draw(st.integers(*beams)),
-        "max_len_a": max_len_a,
+        "max_len_a": draw(st.sampled_from([0, 0.3, 1.2])),
         "max_len_b": max_len_b,
         "min_len": draw(st.integers(0, max_len_b)),
         "lenpen": draw(st.sampled_from([1, 0, 0.6, 2.5, -1])),
@@ -295,3 +307,4 @@ def search_options(draw, beams=(1, 12), longest=14):
         "unkpen": draw(st.sampled_from([0, 3, -3, 100])),
         "temperature": draw(st.sampled_from([1.0, 0.6, 1.7])),
     }
+    return model, source, call, options
