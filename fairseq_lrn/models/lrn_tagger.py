@@ -8,11 +8,12 @@ from fairseq.data import Dictionary
 from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor
 
+from .base import NoTorchScript
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
 @register_model("lrn_tagger", dataclass=WordEncoderConfig)
-class LRNTaggerModel(BaseFairseqModel):
+class LRNTaggerModel(NoTorchScript, BaseFairseqModel):
     """Bidirectional recurrence and a conditional random field over the tags (Zhang and Sennrich, 2019).
 
     For the task ``tagging`` and fairseq's criterion ``model``.

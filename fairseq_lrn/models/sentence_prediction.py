@@ -8,10 +8,11 @@ from fairseq.models import BaseFairseqModel
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import Tensor
 
+from .base import NoTorchScript
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
-class SentencePredictionModel(BaseFairseqModel):
+class SentencePredictionModel(NoTorchScript, BaseFairseqModel):
     """Words, recurrence, one vector of features a sentence, and classification heads over it.
 
     A subclass names its ``config`` and gives ``feature_size`` and :meth:`extract_features`.

@@ -131,6 +131,9 @@ def lrn_scan(
 
 def _has_kernel(x: Tensor, cuda: bool = _cuda) -> bool:
     # A default, because TorchScript cannot read a global variable.
+    if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out the body of just this form
+        if torch.onnx.is_in_onnx_export():  # ONNX has no such operator: it gets the steps one by one
+            return False
     device = x.device.type
     return device == "cpu" or device == "meta" or (cuda and device == "cuda")
 
@@ -144,7 +147,7 @@ def _autocast(x: Tensor) -> bool:
 
 def _warn_no_kernel(x: Tensor) -> None:
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out the body of just this form
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
             warnings.warn(
                 f"lrn_scan is not built for {x.device.type}; the much slower PyTorch definition is used",
                 stacklevel=3,
