@@ -57,6 +57,16 @@ class Dropout(FairseqDropout):
         return x
 
 
+class NoTorchScript:
+    """A base of models that TorchScript cannot compile."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Raise TypeError in place of what ``torch.jit.script`` would say of the first line it cannot read."""
+        raise TypeError(
+            f"{type(self).__name__} is not written for TorchScript: use torch.compile or torch.export"
+        )
+
+
 def build_adaptive_softmax(
     cfg: AdaptiveSoftmaxConfig, dictionary: Dictionary, embed_dim: int
 ) -> AdaptiveSoftmax:

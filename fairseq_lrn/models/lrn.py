@@ -91,6 +91,16 @@ class LRNModel(EncoderDecoderModel):
         if cfg.offload_activations:
             cfg.checkpoint_activations = True
 
+    def __prepare_scriptable__(self) -> "LRNModel":
+        """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""
+        for option in ("checkpoint_activations", "quant_noise_pq", "adaptive_softmax_cutoff"):
+            if getattr(self.cfg, option):
+                raise TypeError(
+                    f"TorchScript cannot compile what fairseq does for {option}={getattr(self.cfg, option)}"
+                    + ("" if "softmax" in option else f": load the model with {option}=0")
+                )
+        return self
+
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
 

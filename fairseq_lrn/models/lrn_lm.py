@@ -14,6 +14,7 @@ from ..modules import LockedDropout, MixtureOfSoftmaxes, StackedRecurrent
 from .base import (
     AdaptiveSoftmaxConfig,
     CellConfig,
+    NoTorchScript,
     build_adaptive_softmax,
     build_embedding,
     build_output_projection,
@@ -191,7 +192,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
 
 
 @register_model("lrn_lm", dataclass=LRNLanguageModelConfig)
-class LRNLanguageModel(FairseqLanguageModel):
+class LRNLanguageModel(NoTorchScript, FairseqLanguageModel):
     """Predict each next word of a text with recurrent layers; the text may be of any length."""
 
     @classmethod

@@ -8,12 +8,13 @@ from fairseq.data import Dictionary
 from fairseq.models import register_model
 from torch import Tensor
 
+from .base import NoTorchScript
 from .heads import ModelWithHeads
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
 @register_model("lrn_tagger", dataclass=WordEncoderConfig)
-class LRNTaggerModel(ModelWithHeads):
+class LRNTaggerModel(NoTorchScript, ModelWithHeads):
     """Bidirectional recurrence and a conditional random field over the tags (Zhang and Sennrich, 2019).
 
     For the task ``tagging`` and fairseq's criterion ``model``.

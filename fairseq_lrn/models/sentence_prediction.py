@@ -7,11 +7,12 @@ from fairseq.data import Dictionary
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import Tensor
 
+from .base import NoTorchScript
 from .heads import ModelWithHeads
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
-class SentencePredictionModel(ModelWithHeads):
+class SentencePredictionModel(NoTorchScript, ModelWithHeads):
     """Words, recurrence, one vector of features a sentence, and classification heads over it.
 
     A subclass names its ``config`` and gives ``feature_size`` and :meth:`extract_features`.

@@ -7,6 +7,7 @@ from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
@@ -160,6 +161,12 @@ class LRN(nn.Module):
         """The parameters of each layer, in the order of the class's docstring."""
         return [[getattr(self, name) for name in names] for names in self._layer_names]
 
+    @torch.jit.unused
+    @property
+    def _flat_weights(self) -> List[Tensor]:
+        """All of them in one list, which programs for ``nn.GRU`` read; to replace one, set it by its name."""
+        return [weight for layer in self.all_weights for weight in layer]
+
     def flatten_parameters(self) -> None:
         """Do nothing: a layer's weights are one tensor already."""
 
@@ -202,8 +209,12 @@ class LRN(nn.Module):
             ValueError: a shape or device is wrong; the message names the argument.
             TypeError: a dtype is wrong; the message names the argument.
         """
-        if not torch.jit.is_scripting() and isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, padding_mask)
+        if not torch.jit.is_scripting():
+            for name, value in (("hx", hx), ("padding_mask", padding_mask)):
+                if value is not None and not isinstance(value, (Tensor, Proxy)):
+                    raise TypeError(f"{name} must be a Tensor or None, got {type(value).__name__}")
+            if not isinstance(input, Tensor):
+                return self._forward_other(input, hx, padding_mask)
         batched = input.dim() == 3
         if batched:
             if self.batch_first:
@@ -222,6 +233,19 @@ class LRN(nn.Module):
         if not batched:
             return output.squeeze(1), h_n.squeeze(1)
         return output.transpose(0, 1) if self.batch_first else output, h_n
+
+    @torch.jit.unused
+    def _forward_other(self, input, hx: Optional[Tensor], padding_mask: Optional[Tensor]):
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, padding_mask)
+        if isinstance(input, Proxy):  # torch.fx gets one node, as for PyTorch's own modules
+            tracer = input.tracer
+            if tracer.root is self:
+                raise TypeError("torch.fx traces a module that calls LRN, not LRN by itself")
+            return tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (input, hx, padding_mask), {}
+            )
+        raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
 
     @torch.jit.unused
     def _forward_packed(

@@ -186,7 +186,8 @@ def autocast_enabled(x: Tensor) -> bool:
 def _has_kernel(x: Tensor, cuda: bool = _cuda) -> bool:
     # A default, because TorchScript cannot read a global variable.
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out the body of just this form
-        if not torch.compiler.is_compiling() and transformed():
+        # ONNX has no such operator: it gets the steps one by one
+        if torch.onnx.is_in_onnx_export() or (not torch.compiler.is_compiling() and transformed()):
             return False
     device = x.device.type
     return device == "cpu" or device == "meta" or (cuda and device == "cuda")
@@ -194,7 +195,7 @@ def _has_kernel(x: Tensor, cuda: bool = _cuda) -> bool:
 
 def _warn_no_kernel(x: Tensor) -> None:
     if not torch.jit.is_scripting():  # noqa: SIM102  TorchScript leaves out the body of just this form
-        if not torch.compiler.is_compiling():
+        if not torch.compiler.is_compiling() and not torch.onnx.is_in_onnx_export():
             place = "torch.func and forward-mode AD" if transformed() else x.device.type
             warnings.warn(
                 f"lrn_scan is not built for {place}; the much slower PyTorch definition is used",
