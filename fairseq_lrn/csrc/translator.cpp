@@ -612,9 +612,8 @@ std::tuple<Tensor, Tensor, Tensor> Translator::step(const Tensor& words, const T
                     "), got ", keys_values.sizes());
   TORCH_CHECK_VALUE(count > 0 && rows % count == 0, "there must be as many words for each of the ",
                     count, " sentences, got ", rows);
-  TORCH_CHECK_VALUE(0 <= layer && layer < layers() && 0 < heads && heads <= heads_,
-                    "alignment_layer must be from 0 to ", layers() - 1,
-                    " and alignment_heads from 1 to ", heads_, ", got ", layer, " and ", heads);
+  TORCH_CHECK_VALUE(0 < heads && heads <= heads_, "alignment_heads must be from 1 to ", heads_,
+                    ", got ", heads);
   const auto places = find_places(padding_mask, count, length);
   const Tensor memory = keys_values.contiguous(), ids = words.to(at::kLong).contiguous();
   Tensor old;
@@ -655,6 +654,9 @@ std::tuple<Tensor, Tensor, Tensor> Translator::step(const Tensor& words, const T
   share_out(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
     decode(step, begin, end, {features.data_ptr<float>(), features.size(1)}, scratch);
   });
+  if (layer < 0 || layer >= layers()) {
+    return {features.slice(1, 0, width()), next, Tensor()};
+  }
   const Tensor weights = at::zeros({rows, length}, at::kFloat);
   for (int64_t row = 0; row < rows; ++row) {
     const auto& columns = places[row / step.beams];
