@@ -95,6 +95,15 @@ def check_positive(cfg: Any, names: Iterable[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
 
 
+def prepared(translator: Any) -> Any:
+    """Return ``translator`` where it stands in for ``forward``: it was made, and there are no gradients."""
+    if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if torch._C._is_any_autocast_enabled() or translator.native() is None:
+        return None
+    return translator
+
+
 def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
     """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
 
