@@ -1,4 +1,4 @@
-"""A recipe of examples/, run as a user would, its commands as forks of a process that has imported fairseq."""
+"""A recipe of examples/, run as a user would; its commands fork a process that has imported fairseq."""
 
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import os, sys
 sys.path[:0] = [{str(EXAMPLES)!r}, {str(ROOT / "tests")!r}]
 os.chdir({{folder!r}})
 os.environ.update({{variables!r}})
-import forked, recipe
-recipe.call = forked.call
+import forked, subprocess
+subprocess.Popen = forked.Popen
 """
 
 
