@@ -10,6 +10,8 @@
 #include <tuple>
 #include <utility>
 
+#include "library.h"
+
 namespace lrn {
 
 constexpr float kDead = -std::numeric_limits<float>::infinity();
@@ -255,7 +257,7 @@ struct BeamSearchHolder : torch::CustomClassHolder {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
+LRN_LIBRARY(m) {
   m.class_<BeamSearchHolder>("BeamSearch")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                        double, double, bool, const std::optional<Tensor>&>())

@@ -14,6 +14,8 @@
 #include <set>
 #include <utility>
 
+#include "library.h"
+
 #if defined(__linux__)
 #include <sys/mman.h>
 #endif
@@ -793,7 +795,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypothes
 
 }  // namespace lrn
 
-TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
+LRN_LIBRARY(m) {
   using c10::intrusive_ptr;
   using lrn::Translation;
   using lrn::Translator;
