@@ -13,7 +13,7 @@ def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tens
     """``F.linear``, in float32 on the CPU by oneDNN where PyTorch's own choice, MKL, is slower.
 
     That is on processors with AVX-512 that are not Intel's, for 32 rows and more. TorchScript,
-    scripted or traced, ``torch.compile`` and autocast get ``F.linear``.
+    ``torch.compile`` and autocast get ``F.linear``.
 
     Args:
         input: (..., in)
@@ -25,8 +25,7 @@ def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tens
     """
     if not torch.jit.is_scripting():
         plain = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
-        special = torch.compiler.is_compiling() or torch.jit.is_tracing()
-        special = special or torch._C._is_any_autocast_enabled()
+        special = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
         if loaded and plain and input.dim() > 1 and not special:
             return torch.ops.fairseq_lrn.linear(input, weight, bias)
     return F.linear(input, weight, bias)
