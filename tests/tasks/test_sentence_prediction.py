@@ -94,7 +94,7 @@ def test_tokens_must_be_in_the_dictionary(tmp_path, name):
     ],
 )
 def test_options_that_the_models_cannot_follow(model, options, message):
-    task = SimpleNamespace(source_dictionary=None, cfg=SentencePredictionConfig(**options))
+    task = SimpleNamespace(source_dictionary=None, cfg=SimpleNamespace(**options))
     config = WordEncoderConfig() if model is LRNClassifierModel else LRNInferenceConfig()
     with pytest.raises(ValueError, match=message):
         model.build_model(config, task)
