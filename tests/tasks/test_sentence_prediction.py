@@ -43,7 +43,8 @@ def test_a_wrong_label_is_named_with_its_line(tmp_path, labels, message):
     write(tmp_path, input0="a\nb\n", label=labels)
     with pytest.raises(ValueError, match=message):
         load(tmp_path)
-    load(tmp_path, SentencePredictionTask.load_dataset.__wrapped__)  # fairseq itself says nothing
+    if labels.count("\n") == 2:  # of these fairseq itself says nothing
+        load(tmp_path, SentencePredictionTask.load_dataset.__wrapped__)
 
 
 def test_inputs_of_unequal_length_are_named(tmp_path):
