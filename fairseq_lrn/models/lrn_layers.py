@@ -1,6 +1,8 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-from typing import Callable, Dict, List, Optional, Tuple
+import itertools
+import operator
+from typing import Any, Callable, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -12,8 +14,10 @@ from fairseq.modules import FairseqDropout, LayerDropModuleList
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
+from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
 from ..modules import LRN, build_recurrent
+from ..modules.linear import is_plain
 from ..ops._library import loaded
 from .base import Dropout
 
@@ -114,7 +118,10 @@ class EncoderAttention(nn.Module):
         if padding_mask is not None:
             padding_mask = padding_mask[:, None, None]
         weights: Optional[Tensor] = None
-        if need_weights:
+        plain = True
+        if not torch.jit.is_scripting():
+            plain = is_plain(self.dropout_module, Dropout)
+        if need_weights or not plain:
             scores = torch.matmul(query * self.head_dim**-0.5, keys.transpose(2, 3))
             if padding_mask is not None:
                 scores = scores.masked_fill(padding_mask, float("-inf"))
@@ -122,63 +129,125 @@ class EncoderAttention(nn.Module):
             y = torch.matmul(self.dropout_module(weights), values)
             weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
         else:
-            active = self.training or self.dropout_module.apply_during_inference
+            active = self.dropout_module.training or self.dropout_module.apply_during_inference
             dropout = self.dropout_module.p if active else 0.0
             mask = None if padding_mask is None else padding_mask.logical_not()
             y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
         y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
-        return self.out_proj(y), weights
+        return self.out_proj(y), weights if need_weights else None
 
 
 def fit_operators(*tensors: Tensor) -> bool:
-    """Whether ``tensors`` are what the operators for translating take: float32, on the CPU, no gradients."""
+    """Whether the operators for translating take ``tensors``: float32, on the CPU, without gradients."""
     return (
         all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
         and not torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
+        and not torch._C._is_any_autocast_enabled()
     )
 
 
 class Layer(nn.Module):
-    """A block that is one C++ operator while it translates on the CPU.
+    """A block that is one C++ operator while it translates on the CPU; ``forward`` defines it, and all else.
 
-    The operator knows LRN and oLRN, plain linear layers with ReLU between them, and neither dropout nor
-    gradients, nor hooks on the modules inside; ``forward`` is what defines it, and all else. Parameters that
-    were replaced are followed; those that are pruned, parametrized or quantized are left to ``forward``.
+    A subclass gives its number of ``directions``, and ``kinds``: the types of its children, then of theirs.
     """
 
-    __jit_ignored_attributes__ = ("_places",)
+    __jit_ignored_attributes__ = ("_parts",)
 
-    def __init__(self) -> None:
+    def __init__(self, embed_dim: int) -> None:
         super().__init__()
-        # of each operand: the modules that its own is one of, that one's name, and the parameter's
-        self._places: List[Tuple[Dict[str, nn.Module], str, str]] = []
+        self.embed_dim = embed_dim
+        self._parts: Optional[Parts] = None
 
     def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
         """As fairseq calls it before it translates: use the operator from now on, where it fits."""
-        paths = [name.rpartition(".") for name, _ in self.named_parameters()]
-        kinds = [name.partition("_")[0] for _, _, name in paths]
-        plain = isinstance(self.rnn, LRN) and self.ffn.activation_fn is F.relu and not retain_dropout
-        if loaded and plain and kinds == ["weight", "bias"] * (self.num_parameters // 2):
-            for path, _, name in paths:
-                parent, _, child = path.rpartition(".")
-                self._places.append((self.get_submodule(parent)._modules, child, name))
+        self._parts = Parts(self) if loaded and not retain_dropout else None
 
     def _operands(self, *tensors: Tensor) -> Optional[List[Tensor]]:
-        if not self._places or not fit_operators(*tensors):
+        if self._parts is None or not fit_operators(*tensors):
             return None
-        operands = [modules[child]._parameters.get(name) for modules, child, name in self._places]
-        return None if any(operand is None for operand in operands) else operands
+        return self._parts.operands()
+
+
+PARAMETERS = {
+    nn.LayerNorm: ("weight", "bias"),
+    nn.Linear: ("weight", "bias"),
+    LRN: ("weight_ih_l0", "bias_ih_l0"),
+}
+get_training, get_hooks, get_pre_hooks = map(
+    operator.itemgetter, ("training", "_forward_hooks", "_forward_pre_hooks")
+)
+
+
+class Parts:
+    """The modules inside a block, and their parameters while the operator computes what they would.
+
+    It knows LRN and oLRN, layer normalisation with PyTorch's eps, plain linear layers and ReLU. Any of that
+    may change at any time: by hooks, adapters, pruning, parametrization, quantization, dropout switched on.
+    So each use compares all of it, by functions in C, since a step of a search is short. Parameters that were
+    replaced are followed.
+    """
+
+    def __init__(self, block: Layer) -> None:
+        modules = list(block.modules())
+        self.kinds = list(block.kinds)
+        self.parents = [module._modules for module in modules if module._modules]
+        self.children = self._find_children()
+        width = block.embed_dim
+        needs: Dict[type, Dict[str, Any]] = {
+            nn.LayerNorm: {"eps": 1e-5, "normalized_shape": (width,)},
+            LRN: {
+                "hidden_size": width,
+                "num_layers": 1,
+                "batch_first": False,
+                "bidirectional": block.directions == 2,
+                "layer_norm": False,
+            },
+            Dropout: {"apply_during_inference": False},
+            FeedForward: {"activation_fn": F.relu},
+        }
+        known = [(i, needs[kind]) for i, kind in enumerate(self.kinds) if kind in needs]
+        self.getters = [(i, operator.itemgetter(*need)) for i, need in known]
+        self.settings = [get(need) for (_, need), (_, get) in zip(known, self.getters)]
+        places = [(module, name) for module in modules for name in PARAMETERS.get(type(module), ())]
+        self.names = [name for _, name in places]
+        self.parameters = [module._parameters for module, _ in places]
+
+    def _find_children(self) -> List[nn.Module]:
+        return [child for children in self.parents for child in children.values()]
+
+    def operands(self) -> Optional[List[Tensor]]:
+        """Return the parameters in the operator's order; None where the operator does not know the block."""
+        if self._find_children() != self.children or list(map(type, self.children)) != self.kinds:
+            return None
+        states = list(map(vars, self.children))
+        if (
+            any(map(get_training, states))
+            or any(map(get_hooks, states))
+            or any(map(get_pre_hooks, states))
+            or any(map(operator.contains, states, itertools.repeat("forward")))
+            or _global_forward_hooks
+            or _global_forward_pre_hooks
+            or [get(states[i]) for i, get in self.getters] != self.settings
+        ):
+            return None
+        operands = list(map(dict.get, self.parameters, self.names))
+        return operands if {nn.Parameter, Tensor}.issuperset(map(type, operands)) else None
 
 
 class LRNEncoderLayer(Layer):
     """A bidirectional recurrence and a feed-forward block, each x + dropout(f(norm(x)))."""
 
-    num_parameters = 12
+    directions = 2
+    kinds = (
+        *(Dropout, nn.LayerNorm, LRN, nn.Linear, nn.LayerNorm, FeedForward),
+        *(nn.Linear, nn.Linear, Dropout),
+    )
 
     def __init__(self, cfg):
-        super().__init__()
         embed_dim = cfg.encoder_embed_dim
+        super().__init__(embed_dim)
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(
@@ -208,11 +277,16 @@ class LRNEncoderLayer(Layer):
 class LRNDecoderLayer(Layer):
     """A recurrence, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
 
-    num_parameters = 22
+    directions = 1
+    kinds = (
+        *(Dropout, nn.LayerNorm, LRN, nn.Linear, nn.LayerNorm, EncoderAttention, nn.LayerNorm, FeedForward),
+        *(nn.Linear, nn.Linear, nn.Linear, nn.Linear, Dropout),
+        *(nn.Linear, nn.Linear, Dropout),
+    )
 
     def __init__(self, cfg):
-        super().__init__()
         embed_dim = cfg.decoder_embed_dim
+        super().__init__(embed_dim)
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=cfg.activation)

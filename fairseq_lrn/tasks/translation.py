@@ -10,10 +10,22 @@ from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
 
+from ..models import DeepNMTModel, LRNModel
 from ..models.encoder_decoder import EncoderDecoderModel
 from ..ops import log_softmax_topk
 
 Hypothesis = Dict[str, Tensor]
+
+
+def is_unchanged(model: Any) -> bool:
+    """Whether ``model`` is one of this package, with all the methods of its class and its parts' classes."""
+    if type(model) not in (DeepNMTModel, LRNModel):
+        return False
+    parts = {model.encoder: model.encoder_class, model.decoder: model.decoder_class}
+    return "get_normalized_probs" not in vars(model) and all(
+        type(part) is kind and not any(hasattr(kind, name) for name in vars(part))
+        for part, kind in parts.items()
+    )
 
 
 class BeamSearchGenerator(SequenceGenerator):
@@ -37,7 +49,7 @@ class BeamSearchGenerator(SequenceGenerator):
         model = self.model.single_model
         plain = (
             self.model.models_size == 1
-            and isinstance(model, EncoderDecoderModel)
+            and is_unchanged(model)
             and model.decoder.output_projection is not None
             and type(self.search) is BeamSearch
             and 2 * self.beam_size <= self.vocab_size - 2
@@ -73,7 +85,7 @@ class BeamSearchGenerator(SequenceGenerator):
         history = _History()
 
         for step in range(max_len + 1):
-            features, extra = decoder(
+            features, extra = decoder.forward(
                 tokens.unsqueeze(1), encoder_out, incremental_state=incremental_state, features_only=True
             )
             scores = decoder.output_layer(features)[:, -1]

@@ -71,7 +71,7 @@ def test_operator_equals_the_layer(kind, data):
     with torch.no_grad():
         expected = layer(*arguments)
         layer.make_generation_fast_()
-        assert layer._places
+        assert layer._parts
         found = layer(*arguments)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
