@@ -167,8 +167,8 @@ def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Line
 def architecture(model: str, name: str, **values: Any) -> None:
     """Register architecture ``name``: the defaults of ``model``'s options, but for ``values``.
 
-    fairseq calls the function for ``--arch``; a YAML file's ``_name`` leads to the dataclass, so that what the
-    file says can be told from defaults.
+    fairseq calls the function for ``--arch``; a YAML file's ``_name`` leads to the dataclass, over whose
+    defaults goes what the file says.
     """
 
     @register_model_architecture(model, name)

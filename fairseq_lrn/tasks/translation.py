@@ -4,8 +4,9 @@ from typing import Any, Dict, List, Optional
 
 import numpy as np
 import torch
+from fairseq.data import Dictionary
 from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator
+from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from torch import Tensor
@@ -36,8 +37,10 @@ class BeamSearchGenerator(SequenceGenerator):
     each hypothesis, where they came from, and nothing else; hypotheses are read off these once they end.
     All else goes fairseq's way: ensembles, other models, adaptive softmax, sampling and other searches,
     prefixes, constraints, a language model, temperature, penalties for unknown words, n-grams that may not
-    repeat.
+    repeat. A sentence that would have no hypothesis is an error, a ValueError that names it.
     """
+
+    src_dict: Optional[Dictionary] = None  # to name sentences with
 
     def _generate(
         self,
@@ -62,14 +65,25 @@ class BeamSearchGenerator(SequenceGenerator):
             and self.token_indices_to_suppress is None
             and not self.match_source_len
         )
-        if not plain:
-            return super()._generate(sample, prefix_tokens, constraints, bos_token)
-        return self._search(model, sample["net_input"], self.eos if bos_token is None else bos_token)
+        if plain:
+            return self._search(model, sample, self.eos if bos_token is None else bos_token)
+        found = super()._generate(sample, prefix_tokens, constraints, bos_token)
+        for row, hypotheses in enumerate(found):
+            if not hypotheses:
+                raise self._describe_loss(sample, row, "the search has found no end of any hypothesis")
+        return found
+
+    def _describe_loss(self, sample: Dict[str, Any], row: int, cause: str) -> ValueError:
+        ids, tokens = sample.get("id"), sample["net_input"]["src_tokens"][row]
+        name = f"sentence {row} of the batch" if ids is None else f"sentence {int(ids[row])}"
+        if self.src_dict is not None:
+            name += f", {self.src_dict.string(tokens[tokens.ne(self.src_dict.pad())])!r},"
+        return ValueError(f"{name} has no translation: {cause}")
 
     def _search(
-        self, model: EncoderDecoderModel, net_input: Dict[str, Tensor], first: int
+        self, model: EncoderDecoderModel, sample: Dict[str, Any], first: int
     ) -> List[List[Hypothesis]]:
-        decoder, beam = model.decoder, self.beam_size
+        net_input, decoder, beam = sample["net_input"], model.decoder, self.beam_size
         sentences, source_length = net_input["src_tokens"].shape
         max_len = min(int(self.max_len_a * source_length + self.max_len_b), self.max_len - 1)
         if self.min_len > max_len:
@@ -107,6 +121,14 @@ class BeamSearchGenerator(SequenceGenerator):
             group = np.arange(len(going))[:, None]
             best = np.argsort(-sums, axis=1, kind="stable")[:, : 2 * beam]
             sums, words, parents = sums[group, best], words[group, best], best // width + group * beam
+            lost = np.flatnonzero(~(sums[:, 0] > -np.inf))
+            if len(lost) > 0:
+                raise self._describe_loss(
+                    sample,
+                    going[lost[0]],
+                    "the model's scores of all next words are NaN or minus infinity, as after training that "
+                    "diverged, or where float16 overflows",
+                )
 
             attn = extra["attn"][0]
             if attn is not None:
@@ -141,6 +163,10 @@ class BeamSearchGenerator(SequenceGenerator):
                 encoder_out = model.encoder.reorder_encoder_out(encoder_out, order)
 
         return [sorted(hypotheses, key=lambda x: -float(x["score"])) for hypotheses in finished]
+
+
+class AlignedBeamSearchGenerator(SequenceGeneratorWithAlignment, BeamSearchGenerator):
+    """fairseq's generator of alignments, over that search."""
 
 
 class _History:
@@ -185,6 +211,16 @@ class LRNTranslationTask(TranslationTask):
 
     def build_generator(self, models, args, seq_gen_cls=None, **kwargs):
         """As fairseq's task does, with :class:`BeamSearchGenerator` where it takes ``SequenceGenerator``."""
-        if seq_gen_cls is None and not getattr(args, "print_alignment", False):
+        if seq_gen_cls is None:
             seq_gen_cls = BeamSearchGenerator
-        return super().build_generator(models, args, seq_gen_cls, **kwargs)
+            alignment = getattr(args, "print_alignment", False)
+            if alignment:
+                seq_gen_cls = AlignedBeamSearchGenerator
+                kwargs["extra_gen_cls_kwargs"] = {
+                    **(kwargs.get("extra_gen_cls_kwargs") or {}),
+                    "print_alignment": alignment,
+                }
+        generator = super().build_generator(models, args, seq_gen_cls, **kwargs)
+        if isinstance(generator, BeamSearchGenerator):
+            generator.src_dict = self.source_dictionary
+        return generator

@@ -1,5 +1,6 @@
 """The task lrn_translation finds what fairseq's own translation finds."""
 
+import argparse
 import itertools
 import re
 from pathlib import Path
@@ -10,9 +11,10 @@ import torch.nn as nn
 from batches import DEVICES, SMALL, SMALL_OPTIONS, sentences, task
 from fairseq.search import Sampling
 from fairseq.sequence_generator import SequenceGenerator
+from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_lrn.models import DeepNMTModel, LRNModel
-from fairseq_lrn.tasks.translation import BeamSearchGenerator
+from fairseq_lrn.tasks.translation import BeamSearchGenerator, LRNTranslationTask
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
@@ -137,6 +139,100 @@ def test_ensembles_and_sampling_go_fairseqs_way():
         found.append([x.generate(None, sample) for x in (sampled, both)])
     words = [[[x["tokens"].tolist() for beam in beams for x in beam] for beams in one] for one in found]
     assert words[0] == words[1]
+
+
+def nan_embedding(model):
+    """Of the word 9, which is in the second sentence only."""
+    with torch.no_grad():
+        model.encoder.embed_tokens.weight[9] = torch.nan
+
+
+def overflow(model):
+    with torch.no_grad():
+        model.decoder.output_projection.weight.mul_(1e5)
+    model.half()
+
+
+def all_minus_infinity(model):
+    model.decoder.output_projection.register_forward_hook(lambda _, x, y: torch.full_like(y, -torch.inf))
+
+
+def nan_later(model):
+    """From the fourth step on, in the second sentence only, or in what is left of the batch."""
+    steps = []
+
+    def hook(module, x, y):
+        steps.append(1)
+        if len(steps) > 3:
+            y[1 if len(y) > 1 else 0 :] = torch.nan
+        return y
+
+    with torch.no_grad():
+        model.decoder.output_projection.weight[2] *= -1  # no </s> before
+    model.decoder.output_projection.register_forward_hook(hook)
+
+
+@pytest.mark.parametrize("model_class", [LRNModel, DeepNMTModel])
+@pytest.mark.parametrize(
+    ("beam", "options"),
+    [(1, {}), (5, {}), (5, {"print_alignment": "hard"}), (5, {"allowed": range(2, 54)})],
+    ids=str,
+)
+@pytest.mark.parametrize("change", [nan_embedding, overflow, all_minus_infinity, nan_later])
+def test_a_sentence_without_scores_is_named(change, beam, options, model_class):
+    """By this package's search, and by that search of fairseq's that ends without an error of its own."""
+    model, sample = build(model_class)
+    sample["id"] = torch.tensor([50, 51, 52, 53, 54])
+    source = sample["net_input"]["src_tokens"]
+    source[source == 9] = 10
+    source[1, -2] = 9
+    change(model)
+    translation = LRNTranslationTask(TranslationConfig(), task().source_dictionary, task().target_dictionary)
+    options = {**options}
+    allowed = options.pop("allowed", None)
+    generator = translation.build_generator(
+        [model],
+        argparse.Namespace(beam=beam, max_len_b=12, **options),
+        prefix_allowed_tokens_fn=allowed and (lambda sentence, tokens: list(allowed)),
+    )
+    one = 50 if change in (overflow, all_minus_infinity) else 51
+    cause = (
+        "the search has found no end" if allowed else "the model's scores of all next words are NaN or minus"
+    )
+    message = f"^sentence {one}.* has no translation: {cause}"
+    with pytest.raises(ValueError, match=message):
+        translation.inference_step(generator, [model], sample)
+    if change is nan_embedding and not allowed:
+        rest = [0, 2, 3, 4]
+        sample["net_input"] = {name: x[rest] for name, x in sample["net_input"].items()}
+        found = translation.inference_step(generator, [model], sample)
+        assert all(torch.isfinite(x["score"]) for beam in found for x in beam)
+
+
+@pytest.fixture(scope="module")
+def diverged(checkpoint, tmp_path_factory):
+    """A checkpoint with a word whose embedding is NaN."""
+    state = torch.load(checkpoint, weights_only=True)
+    path = tmp_path_factory.mktemp("diverged") / "checkpoint.pt"
+    state["model"]["encoder.embed_tokens.weight"][3] = torch.nan  # <unk>
+    torch.save(state, path)
+    return path
+
+
+def test_commands_name_the_sentence(run, data, diverged):
+    out = run("fairseq-interactive", data, *PLUGIN, "--cpu", "--task", "lrn_translation", "--path", diverged,
+              "--buffer-size", 3, "--batch-size", 3, "-s", "en", "-t", "de", "--max-len-b", 20,
+              input="▁12\n☃\n▁12 ▁12\n", check=False)  # fmt: skip
+    assert re.search(r"ValueError: sentence \d of the batch, '<unk> ?', has no translation", out)
+    assert "H-" not in out
+
+
+def test_the_hub_names_the_sentence(data, diverged):
+    hub = LRNModel.from_pretrained(
+        diverged.parent, diverged.name, str(data), source_lang="en", target_lang="de"
+    )
+    with pytest.raises(ValueError, match=r"sentence 1, '<unk> ?', has no translation"):
+        hub.translate(["▁12", "☃"])
 
 
 @pytest.fixture(scope="module")
