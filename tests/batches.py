@@ -37,12 +37,12 @@ def task(source=None, target=None):
     return types.SimpleNamespace(source_dictionary=source, target_dictionary=target or source)
 
 
-def sentences(lengths, pad, left=False, seed=1):
+def sentences(lengths, pad, left=False, seed=1, vocabulary=54):
     """Random token ids (B, max(lengths)), each sentence ending with </s> (2), padded on one side."""
     generator = torch.Generator().manual_seed(seed)
     batch = torch.full((len(lengths), max(lengths)), pad)
     for row, n in zip(batch, lengths):
-        words = torch.cat([torch.randint(4, 54, (n - 1,), generator=generator), torch.tensor([2])])
+        words = torch.cat([torch.randint(4, vocabulary, (n - 1,), generator=generator), torch.tensor([2])])
         row[len(row) - n :] = words if left else row[len(row) - n :]
         if not left:
             row[:n] = words

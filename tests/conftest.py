@@ -3,7 +3,6 @@
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -126,18 +125,17 @@ def data(run, corpus, tmp_path_factory):
 
 
 @pytest.fixture(params=["default", "avx2", "avx512"])
-def rerun_on_instruction_set(request):
-    """Run tests of the same file, by pytest's ``-k``, with one compiled version of the kernels.
+def instruction_set(request):
+    """Run a test with each compiled version of the CPU kernels that this machine has."""
+    import fairseq_lrn.ops  # noqa: F401  loads them
 
-    A version that the machine lacks falls back to the best it has.
-    """
-
-    def command(names):
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-qx", "-k", names, str(request.path)],
-            env={**os.environ, "FAIRSEQ_LRN_CPU_CAPABILITY": request.param},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-
-    return command
+    operators = torch.ops.fairseq_lrn
+    if not hasattr(operators, "set_cpu_capability"):
+        pytest.skip("the operators are not compiled")
+    before = operators.cpu_capability()
+    try:
+        operators.set_cpu_capability(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    operators.set_cpu_capability(before)

@@ -3,8 +3,12 @@
 import logging
 import os
 import runpy
+import signal
+import subprocess
 import sys
-from typing import List
+import traceback
+from pathlib import Path
+from typing import Dict, List, Optional
 
 # torch._dynamo is what making an optimizer imports
 IMPORTED = [
@@ -23,15 +27,55 @@ def execute(words: List[str], input: str, output: str, before: str) -> None:
 
     ``before`` is code to run first, in this process.
     """
-    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    _become(words, input, os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), before)
+
+
+def _become(words: List[str], input: str, written: int, before: str) -> None:
     for stream in (1, 2):
         os.dup2(written, stream)
     sys.stdin = open(input, encoding="utf-8")  # noqa: SIM115  stays open
     logging.root.handlers.clear()  # what importing fairseq set up
     sys.argv = words
+    sys.path.insert(0, os.path.dirname(words[0]))  # as Python does
     exec(before, {})
     try:
         runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         if end.code is not None:  # which Python 3.8's multiprocessing would take for a failure
             raise
+
+
+def call(words: List[str], cwd: Path, log: Path, env: Dict[str, str], lock: Optional[int] = None) -> int:
+    """As :func:`recipe.call`, in a fork of this process where the command is Python's."""
+    script = words[1:] if words[0] == sys.executable else words
+    beside = Path(sys.executable).parent / script[0]
+    with open(log, "ab") as file:
+        if not beside.exists():
+            return subprocess.run(words, cwd=cwd, env=env, stdout=file, stderr=file).returncode
+        child = os.fork()
+        if child == 0:
+            status = 1
+            try:
+                signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                os.chdir(cwd)
+                os.environ.clear()
+                os.environ.update(env)
+                _become([str(beside), *script[1:]], os.devnull, file.fileno(), "")
+                status = 0
+            except SystemExit as end:
+                status = end.code if isinstance(end.code, int) else 1
+                if isinstance(end.code, str):
+                    print(end.code, file=sys.stderr)
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(status)
+        try:
+            _, ended = os.waitpid(child, 0)
+        except BaseException:
+            os.kill(child, signal.SIGTERM)
+            os.waitpid(child, 0)
+            raise
+        return os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else -os.WTERMSIG(ended)

@@ -1,19 +1,17 @@
-"""SQuAD 1.1's JSON as the task reading_comprehension reads it: python squad.py JSON BIN
-
-Each SPLIT.json in the folder JSON becomes SPLIT.passages and SPLIT.questions in BIN, one JSON object a line.
-BIN/dict.txt has the words that train.json has at least twice; the others share <unk>, and their characters
-tell them apart.
-"""
+"""Reading comprehension with each recurrent unit, from SQuAD's JSON to exact match and F1; see README.md."""
 
 import json
 import re
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
-from fairseq.data import Dictionary
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from recipe import Recipe, Refused, Run, main, package, say  # noqa: E402
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
+DATASETS = {"xquad": ("xquad.en.json",), "squad": ("train-v1.1.json", "dev-v1.1.json")}
 
 
 def tokenize(text: str) -> List[Tuple[int, int]]:
@@ -21,41 +19,64 @@ def tokenize(text: str) -> List[Tuple[int, int]]:
     return [match.span() for match in TOKEN.finditer(text)]
 
 
-def read(path: Path) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]], int]:
-    """Return a file's passages, its questions, and how many answers were widened to whole tokens.
+def load(path: Path) -> List[Dict[str, Any]]:
+    """Return a file's articles.
 
-    Raises ``ValueError`` where an id occurs twice, a text has no words, or an answer is missing or not there.
+    Raises :class:`Refused` where it is not JSON in SQuAD's form, an id occurs twice, a text has no words, or an
+    answer is missing or not there.
     """
+    try:
+        articles = json.loads(path.read_bytes().decode("utf-8-sig"))["data"]
+        questions = [
+            (paragraph["context"], question, question["id"], question["question"], question["answers"])
+            for article in articles
+            for paragraph in article["paragraphs"]
+            for question in paragraph["qas"]
+        ]
+        answers = [(x["text"], x["answer_start"] + 0) for *_, found in questions for x in found]
+        assert all(isinstance(text, str) for text, _ in answers)
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path} is not UTF-8: {error}") from error
+    except json.JSONDecodeError as error:
+        raise Refused(f"{path}, line {error.lineno}: this is not JSON: {error.msg}") from error
+    except (KeyError, TypeError, AssertionError) as error:
+        raise Refused(f"{path} is not in the form of SQuAD 1.1: {type(error).__name__} {error}") from error
+    ids = set()
+    for text, question, name, asked, found in questions:
+        where = f"{path}, question {name}"
+        if name in ids:
+            raise Refused(f"{where}: another question has the same id")
+        ids.add(name)
+        if not TOKEN.search(asked) or not found:
+            raise Refused(f"{where}: the question must have words and at least one answer")
+        for answer in found:
+            begin, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
+            if begin < 0 or text[begin:end] != answer["text"] or not TOKEN.search(answer["text"]):
+                raise Refused(f"{where}: the passage does not have the answer {answer['text']!r} at character {begin}")
+    return articles
+
+
+def read(articles: Sequence[Dict[str, Any]]) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]], int]:
+    """Return the passages, the questions, and how many answers were widened to whole tokens."""
     passages: List[Dict[str, Any]] = []
     questions: List[Dict[str, Any]] = []
-    ids, widened = set(), 0
-    for article in json.loads(path.read_text(encoding="utf-8"))["data"]:
+    widened = 0
+    for article in articles:
         for paragraph in article["paragraphs"]:
             text = paragraph["context"]
             tokens = tokenize(text)
             for question in paragraph["qas"]:
-                where, words = f"{path}, question {question['id']}", TOKEN.findall(question["question"])
-                if question["id"] in ids:
-                    raise ValueError(f"{where}: another question has the same id")
-                ids.add(question["id"])
-                if not words or not question["answers"]:
-                    raise ValueError(f"{where}: the question must have words and at least one answer")
                 spans = []
                 for answer in question["answers"]:
                     begin = answer["answer_start"]
                     end = begin + len(answer["text"])
                     inside = [i for i, (left, right) in enumerate(tokens) if left < end and right > begin]
-                    if text[begin:end] != answer["text"] or not inside:
-                        raise ValueError(
-                            f"{where}: the passage does not have the answer {answer['text']!r} at character "
-                            f"{begin}"
-                        )
                     spans.append((inside[0], inside[-1]))
                     widened += tokens[inside[0]][0] < begin or tokens[inside[-1]][1] > end
                 questions.append(
                     {
                         "id": question["id"],
-                        "tokens": words,
+                        "tokens": TOKEN.findall(question["question"]),
                         "passage": len(passages),
                         "span": spans[0],
                         "answers": [answer["text"] for answer in question["answers"]],
@@ -65,19 +86,85 @@ def read(path: Path) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]], int]:
     return passages, questions, widened
 
 
+class SQuAD(Recipe):
+    script = __file__
+
+    def check(self) -> None:
+        self.choose("dataset", DATASETS)
+        self.splits = ("train", "valid", "test") if self.config["dataset"] == "xquad" else ("train", "valid")
+        scores = [cell for split in self.splits for cell in (f"{split} EM", "F1")]
+        self.header = ["unit", "parameters", *scores, "s/batch"]
+
+    def work_name(self) -> str:
+        return self.config["dataset"]
+
+    def names(self) -> Sequence[str]:
+        return DATASETS[self.config["dataset"]]
+
+    def urls(self) -> List[str]:
+        return [f"{self.config['url_' + self.config['dataset']]}/{name}" for name in self.names()]
+
+    def write_text(self, part: Path) -> None:
+        """Write each split as a file of SQuAD's; of every ten articles of XQuAD one is for valid, one for test."""
+        (part / "text").mkdir()
+        paths = [self.find(name) for name in self.names()]
+        found = [load(path) for path in paths]
+        if len(found) == 1:
+            (articles,) = found
+            if len(articles) < 10:
+                raise Refused(f"{paths[0]} has {len(articles)} articles, but must have at least 10")
+            found = [
+                [article for i, article in enumerate(articles) if i % 10 in digits]
+                for digits in (range(8), [8], [9])
+            ]
+        for split, articles in zip(self.splits, found):
+            count = sum(len(paragraph["qas"]) for article in articles for paragraph in article["paragraphs"])
+            if not count:
+                raise Refused(f"there is no question for {split}")
+            text = json.dumps({"version": "1.1", "data": articles})
+            (part / f"text/{split}.json").write_text(text, encoding="utf-8")
+            say(f"   {split}: {count} questions")
+
+    def write_bin(self, part: Path) -> None:
+        """Write each split's passages and questions, an object a line, and the words that training has twice."""
+        from fairseq.data import Dictionary
+
+        (part / "bin").mkdir()
+        for split in self.splits:
+            passages, questions, widened = read(load(self.work.folder / f"text/{split}.json"))
+            say(f"   {split}: {widened} answers widened to whole tokens")
+            for kind, rows in (("passages", passages), ("questions", questions)):
+                (part / f"bin/{split}.{kind}").write_text("".join(json.dumps(row) + "\n" for row in rows))
+            if split == "train":
+                dictionary = Dictionary()
+                texts = [[row["text"][begin:end] for begin, end in row["tokens"]] for row in passages]
+                for words in texts + [row["tokens"] for row in questions]:
+                    for word in words:
+                        dictionary.add_symbol(word)
+                dictionary.finalize(threshold=2, padding_factor=1)
+                dictionary.save(str(part / "bin/dict.txt"))
+
+    def prepare(self) -> None:
+        self.text({"dataset": self.config["dataset"]}, self.write_text)
+        self.work.step("binarize", {}, self.work.outputs("text"), self.write_bin)
+
+    def evaluate(self, run: Run) -> Sequence[Any]:
+        last, splits = f"{run.folder}/checkpoint_last.pt", self.splits
+        inputs = {**self.checkpoint(run, "checkpoint_last.pt"), **self.work.outputs("binarize")}
+        validate = ["fairseq-validate", "bin", "--user-dir", package(), "--task", "reading_comprehension"]
+        validate += ["--path", last, "--valid-subset", ",".join(splits), "--batch-size", 32, "--num-workers", 0]
+        validate += ["--required-batch-size-multiple", 1, "--log-format", "simple"]
+        script = Path(__file__).with_name("predict.py")
+        predict = [sys.executable, script, last, "bin", splits[-1], f"{run.folder}/answers.json"]
+        predict[-1] = f".part/{predict[-1]}"
+
+        def found(part: Path, log: str) -> List[str]:
+            rows = [re.search(rf"valid on '{split}' subset \|(.*)", log)[1] for split in splits]
+            return [re.search(rf" {metric} ([\d.]+)", row)[1] for row in rows for metric in ("em", "f1")]
+
+        scores = self.scores(f"{run.folder}/answers", inputs, [validate, predict], found)
+        return scores and [run.name, self.parameters(run), *scores, self.seconds(run)]
+
+
 if __name__ == "__main__":
-    source, target = Path(sys.argv[1]), Path(sys.argv[2])
-    target.mkdir(parents=True, exist_ok=True)
-    for path in sorted(source.glob("*.json")):
-        passages, questions, widened = read(path)
-        print(f"{path}: {len(questions)} questions, {widened} answers widened to whole tokens")
-        for kind, rows in (("passages", passages), ("questions", questions)):
-            (target / f"{path.stem}.{kind}").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        if path.stem == "train":
-            dictionary = Dictionary()
-            texts = [[row["text"][begin:end] for begin, end in row["tokens"]] for row in passages]
-            for words in texts + [row["tokens"] for row in questions]:
-                for word in words:
-                    dictionary.add_symbol(word)
-            dictionary.finalize(threshold=2, padding_factor=1)
-            dictionary.save(str(target / "dict.txt"))
+    main(SQuAD)

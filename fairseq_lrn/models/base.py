@@ -61,6 +61,16 @@ class Dropout(FairseqDropout):
         return x
 
 
+class NoTorchScript:
+    """A base of models that TorchScript cannot compile."""
+
+    def __prepare_scriptable__(self) -> nn.Module:
+        """Raise TypeError in place of what ``torch.jit.script`` would say of the first line it cannot read."""
+        raise TypeError(
+            f"{type(self).__name__} is not written for TorchScript: use torch.compile or torch.export"
+        )
+
+
 def build_adaptive_softmax(
     cfg: AdaptiveSoftmaxConfig, dictionary: Dictionary, embed_dim: int
 ) -> AdaptiveSoftmax:
@@ -87,6 +97,15 @@ def check_positive(cfg: Any, names: Iterable[str]) -> None:
     for name in names:
         if getattr(cfg, name, 1) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
+
+
+def prepared(translator: Any) -> Any:
+    """Return ``translator`` where it stands in for ``forward``: it was made, and there are no gradients."""
+    if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return None
+    if torch._C._is_any_autocast_enabled() or translator.native() is None:
+        return None
+    return translator
 
 
 def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:

@@ -84,7 +84,8 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
             states = self.initial_states(encoder_out["encoder_state"][0][0])
             states = states.repeat_interleave(len(prev_output_tokens) // len(states), 0)
             states = states.unflatten(1, (len(self.projections), -1)).transpose(0, 1)
-            saved = {"states": states, "keys": self.attention.project(memory)}
+            keys, memory = self.attention.project(memory, memory_mask)
+            saved = {"states": states, "keys": keys}
         states, keys = saved["states"], saved["keys"]
 
         x = self.dropout_module(self.embed_tokens(prev_output_tokens.t()) + self.embed_bias)

@@ -80,6 +80,11 @@ class LRNModel(EncoderDecoderModel):
     """
 
     config, encoder_class, decoder_class = LRNConfig, LRNEncoder, LRNDecoder
+    __jit_ignored_attributes__ = ("translator",)
+
+    def __init__(self, cfg: LRNConfig, encoder: LRNEncoder, decoder: LRNDecoder) -> None:
+        super().__init__(cfg, encoder, decoder)
+        self.translator = None  # see fairseq_lrn.inference
 
     @classmethod
     def complete(cls, cfg: LRNConfig) -> None:
@@ -91,16 +96,45 @@ class LRNModel(EncoderDecoderModel):
         if cfg.offload_activations:
             cfg.checkpoint_activations = True
 
+    def __prepare_scriptable__(self) -> "LRNModel":
+        """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""
+        for option in ("checkpoint_activations", "quant_noise_pq", "adaptive_softmax_cutoff"):
+            if getattr(self.cfg, option):
+                raise TypeError(
+                    f"TorchScript cannot compile what fairseq does for {option}={getattr(self.cfg, option)}"
+                    + ("" if "softmax" in option else f": load the model with {option}=0")
+                )
+        return self
+
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
 
         So a checkpoint of a model that was pruned and trained on says what it holds.
         """
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
+        self._refresh()
         if model_cfg is not None:
             model_cfg.encoder_layers = self.cfg.encoder_layers
             model_cfg.decoder_layers = self.cfg.decoder_layers
         return result
+
+    def train(self, mode: bool = True) -> "LRNModel":
+        """As :meth:`nn.Module.train`; a translator packs the weights again."""
+        self._refresh()
+        return super().train(mode)
+
+    def make_generation_fast_(self, **kwargs) -> None:
+        """As fairseq calls it before it translates: from now on a translator computes what it knows."""
+        from ..inference import Translator
+
+        super().make_generation_fast_(**kwargs)
+        translator = Translator.of(self)
+        if translator.native() is not None:
+            self.encoder.translator = self.decoder.translator = translator
+
+    def _refresh(self) -> None:
+        if self.translator is not None:
+            self.translator.refresh()
 
 
 _TINY = {

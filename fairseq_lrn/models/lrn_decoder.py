@@ -9,7 +9,13 @@ from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from ..modules.linear import project
-from .base import build_adaptive_softmax, build_output_projection, find_padding, pick_sentences
+from .base import (
+    build_adaptive_softmax,
+    build_output_projection,
+    find_padding,
+    pick_sentences,
+    prepared,
+)
 from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 
 
@@ -25,6 +31,8 @@ class LRNDecoder(FairseqIncrementalDecoder):
         embed_tokens: ``nn.Embedding`` of width ``cfg.decoder_embed_dim``
     """
 
+    __jit_ignored_attributes__ = ("translator",)
+
     def __init__(self, cfg, dictionary, embed_tokens):
         super().__init__(dictionary)
         embed_dim = cfg.decoder_embed_dim
@@ -36,6 +44,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.layers = build_layers(LRNDecoderLayer, cfg, cfg.decoder_layers, cfg.decoder_layerdrop)
         self.num_layers = len(self.layers)
         self.layer_norm = nn.LayerNorm(embed_dim)
+        self.translator = None
 
         self.adaptive_softmax = None
         self.output_projection = None
@@ -86,6 +95,11 @@ class LRNDecoder(FairseqIncrementalDecoder):
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
         assert encoder_out is not None
+        if not torch.jit.is_scripting():
+            if incremental_state is not None and prepared(self.translator) is not None:
+                return self.translator.extract_features(
+                    prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
+                )
         encoder_x = encoder_out["encoder_out"][0]
         encoder_padding_mask: Optional[Tensor] = None
         if len(encoder_out["encoder_padding_mask"]) > 0:

@@ -8,7 +8,7 @@ import torch.nn as nn
 from fairseq.models import FairseqEncoder
 from torch import Tensor
 
-from .base import find_padding, reorder_sentences
+from .base import find_padding, prepared, reorder_sentences
 from .lrn_layers import LRNEncoderLayer, build_embedding_dropout, build_layers
 
 
@@ -23,6 +23,8 @@ class LRNEncoder(FairseqEncoder):
         embed_tokens: ``nn.Embedding`` of width ``cfg.encoder_embed_dim``
     """
 
+    __jit_ignored_attributes__ = ("translator",)
+
     def __init__(self, cfg, dictionary, embed_tokens):
         super().__init__(dictionary)
         self.embed_tokens = embed_tokens
@@ -32,6 +34,7 @@ class LRNEncoder(FairseqEncoder):
         self.dropout_module = build_embedding_dropout(cfg, self.__class__.__name__)
         self.layers = build_layers(LRNEncoderLayer, cfg, cfg.encoder_layers, cfg.encoder_layerdrop)
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
+        self.translator = None
 
     def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
         """Encode a batch of sentences, padded on the left or on the right.
@@ -43,6 +46,9 @@ class LRNEncoder(FairseqEncoder):
         Returns:
             ``encoder_out`` [(S, B, C)] and ``encoder_padding_mask`` [(B, S)], True at padding, [] without any
         """
+        if not torch.jit.is_scripting():
+            if prepared(self.translator) is not None:
+                return self.translator.encode(src_tokens)
         padding_mask = find_padding(src_tokens, self.padding_idx)
         x = self.dropout_module(self.embed_scale * self.embed_tokens(src_tokens.t()))
         for layer in self.layers:

@@ -1,8 +1,6 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-import itertools
-import operator
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -14,11 +12,9 @@ from fairseq.modules import FairseqDropout, LayerDropModuleList
 from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
 
-from ..modules import LRN, build_recurrent
+from ..modules import build_recurrent
 from ..modules.linear import is_plain
-from ..ops._library import loaded
 from .base import Dropout
 
 
@@ -137,117 +133,12 @@ class EncoderAttention(nn.Module):
         return self.out_proj(y), weights if need_weights else None
 
 
-def fit_operators(*tensors: Tensor) -> bool:
-    """Whether the operators for translating take ``tensors``: float32, on the CPU, without gradients."""
-    return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch._C._is_any_autocast_enabled()
-    )
-
-
-class Layer(nn.Module):
-    """A block that is one C++ operator while it translates on the CPU; ``forward`` defines it, and all else.
-
-    A subclass gives its number of ``directions``, and ``kinds``: the types of its children, then of theirs.
-    """
-
-    __jit_ignored_attributes__ = ("_parts",)
-
-    def __init__(self, embed_dim: int) -> None:
-        super().__init__()
-        self.embed_dim = embed_dim
-        self._parts: Optional[Parts] = None
-
-    def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
-        """As fairseq calls it before it translates: use the operator from now on, where it fits."""
-        self._parts = Parts(self) if loaded and not retain_dropout else None
-
-    def _operands(self, *tensors: Tensor) -> Optional[List[Tensor]]:
-        if self._parts is None or not fit_operators(*tensors):
-            return None
-        return self._parts.operands()
-
-
-PARAMETERS = {
-    nn.LayerNorm: ("weight", "bias"),
-    nn.Linear: ("weight", "bias"),
-    LRN: ("weight_ih_l0", "bias_ih_l0"),
-}
-get_training, get_hooks, get_pre_hooks = map(
-    operator.itemgetter, ("training", "_forward_hooks", "_forward_pre_hooks")
-)
-
-
-class Parts:
-    """The modules inside a block, and their parameters while the operator computes what they would.
-
-    It knows LRN and oLRN, layer normalisation with PyTorch's eps, plain linear layers and ReLU. Any of that
-    may change at any time: by hooks, adapters, pruning, parametrization, quantization, dropout switched on.
-    So each use compares all of it, by functions in C, since a step of a search is short. Parameters that were
-    replaced are followed.
-    """
-
-    def __init__(self, block: Layer) -> None:
-        modules = list(block.modules())
-        self.kinds = list(block.kinds)
-        self.parents = [module._modules for module in modules if module._modules]
-        self.children = self._find_children()
-        width = block.embed_dim
-        needs: Dict[type, Dict[str, Any]] = {
-            nn.LayerNorm: {"eps": 1e-5, "normalized_shape": (width,)},
-            LRN: {
-                "hidden_size": width,
-                "num_layers": 1,
-                "batch_first": False,
-                "bidirectional": block.directions == 2,
-                "layer_norm": False,
-            },
-            Dropout: {"apply_during_inference": False},
-            FeedForward: {"activation_fn": F.relu},
-        }
-        known = [(i, needs[kind]) for i, kind in enumerate(self.kinds) if kind in needs]
-        self.getters = [(i, operator.itemgetter(*need)) for i, need in known]
-        self.settings = [get(need) for (_, need), (_, get) in zip(known, self.getters)]
-        places = [(module, name) for module in modules for name in PARAMETERS.get(type(module), ())]
-        self.names = [name for _, name in places]
-        self.parameters = [module._parameters for module, _ in places]
-
-    def _find_children(self) -> List[nn.Module]:
-        return [child for children in self.parents for child in children.values()]
-
-    def operands(self) -> Optional[List[Tensor]]:
-        """Return the parameters in the operator's order; None where the operator does not know the block."""
-        if self._find_children() != self.children or list(map(type, self.children)) != self.kinds:
-            return None
-        states = list(map(vars, self.children))
-        if (
-            any(map(get_training, states))
-            or any(map(get_hooks, states))
-            or any(map(get_pre_hooks, states))
-            or any(map(operator.contains, states, itertools.repeat("forward")))
-            or _global_forward_hooks
-            or _global_forward_pre_hooks
-            or [get(states[i]) for i, get in self.getters] != self.settings
-        ):
-            return None
-        operands = list(map(dict.get, self.parameters, self.names))
-        return operands if {nn.Parameter, Tensor}.issuperset(map(type, operands)) else None
-
-
-class LRNEncoderLayer(Layer):
+class LRNEncoderLayer(nn.Module):
     """A bidirectional recurrence and a feed-forward block, each x + dropout(f(norm(x)))."""
 
-    directions = 2
-    kinds = (
-        *(Dropout, nn.LayerNorm, LRN, nn.Linear, nn.LayerNorm, FeedForward),
-        *(nn.Linear, nn.Linear, Dropout),
-    )
-
     def __init__(self, cfg):
+        super().__init__()
         embed_dim = cfg.encoder_embed_dim
-        super().__init__(embed_dim)
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(
@@ -259,34 +150,17 @@ class LRNEncoderLayer(Layer):
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """Map (T, B, C) to (T, B, C); padding_mask (B, T) is True at padding."""
-        if not torch.jit.is_scripting():
-            operands = self._operands(x)
-            if operands is not None:
-                return torch.ops.fairseq_lrn.lrn_encoder_layer(
-                    x,
-                    padding_mask,
-                    operands,
-                    activation=self.rnn.activation,
-                    output_gate=self.rnn.output_gate,
-                )
         y, _ = self.rnn(self.rnn_layer_norm(x), None, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
         return x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
 
 
-class LRNDecoderLayer(Layer):
+class LRNDecoderLayer(nn.Module):
     """A recurrence, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
 
-    directions = 1
-    kinds = (
-        *(Dropout, nn.LayerNorm, LRN, nn.Linear, nn.LayerNorm, EncoderAttention, nn.LayerNorm, FeedForward),
-        *(nn.Linear, nn.Linear, nn.Linear, nn.Linear, Dropout),
-        *(nn.Linear, nn.Linear, Dropout),
-    )
-
     def __init__(self, cfg):
+        super().__init__()
         embed_dim = cfg.decoder_embed_dim
-        super().__init__(embed_dim)
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.rnn_layer_norm = nn.LayerNorm(embed_dim)
         self.rnn = build_recurrent(str(cfg.cell), embed_dim, embed_dim, activation=cfg.activation)
@@ -321,22 +195,6 @@ class LRNDecoderLayer(Layer):
             output (T, N, C), state after the last step, keys and values, and attention weights
             (heads, N, T, S) or None
         """
-        if not torch.jit.is_scripting():
-            operands: Optional[List[Tensor]] = None
-            if state is not None and keys_values is not None and x.size(0) == 1:
-                operands = self._operands(x, state, keys_values)
-            if operands is not None:
-                x, state, attn = torch.ops.fairseq_lrn.lrn_decoder_step(
-                    x,
-                    state,
-                    keys_values,
-                    encoder_padding_mask,
-                    operands,
-                    activation=self.rnn.activation,
-                    output_gate=self.rnn.output_gate,
-                    need_weights=need_attn,
-                )
-                return x, state, keys_values, attn
         y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
         if keys_values is None:

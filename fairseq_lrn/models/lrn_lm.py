@@ -15,6 +15,7 @@ from ..modules.linear import project
 from .base import (
     AdaptiveSoftmaxConfig,
     CellConfig,
+    NoTorchScript,
     build_adaptive_softmax,
     build_embedding,
     build_output_projection,
@@ -100,6 +101,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
                 self.output_projection = MixtureOfSoftmaxes(
                     hidden_size, cfg.mixture_of_softmaxes, self.output_projection
                 )
+        self.max_target_positions = int(super().max_positions())
         # in training and in evaluation: states (L, B, S) that the last block and the next begin with
         self.carried: Dict[bool, Dict[int, Optional[Tensor]]] = {True: {}, False: {}}
 
@@ -176,6 +178,10 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
         return features if self.output_projection is None else project(self.output_projection, features)
 
+    def max_positions(self) -> int:
+        """Return the task's ``--max-target-positions``; without it, there is no limit."""
+        return self.max_target_positions
+
     def reorder_incremental_state(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
     ) -> None:
@@ -186,7 +192,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
 
 
 @register_model("lrn_lm", dataclass=LRNLanguageModelConfig)
-class LRNLanguageModel(FairseqLanguageModel):
+class LRNLanguageModel(NoTorchScript, FairseqLanguageModel):
     """Predict each next word of a text with recurrent layers; the text may be of any length."""
 
     @classmethod
@@ -200,7 +206,11 @@ class LRNLanguageModel(FairseqLanguageModel):
         cfg = LRNLanguageModelConfig.from_namespace(cfg)
         _check(cfg, task)
         embed_tokens = build_embedding(task.source_dictionary, cfg.decoder_embed_dim)
-        return cls(LRNLanguageModelDecoder(cfg, task.target_dictionary, embed_tokens))
+        decoder = LRNLanguageModelDecoder(cfg, task.target_dictionary, embed_tokens)
+        limit = getattr(getattr(task, "args", None), "max_target_positions", None)
+        if limit is not None:
+            decoder.max_target_positions = limit
+        return cls(decoder)
 
 
 def _check(cfg: LRNLanguageModelConfig, task) -> None:

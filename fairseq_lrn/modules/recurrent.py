@@ -10,6 +10,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from ..ops import linear, lrn_scan
 from .linear import project
 from .lrn import LRN
+from .padding import zero_padding
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
 
@@ -153,15 +154,21 @@ class Unrolled(nn.Module):
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
-        outputs, states = [], []
+        if padding_mask is not None:
+            input = zero_padding(input, padding_mask)
+        outputs: List[Tensor] = []
+        states: List[Tensor] = []
         for i, cell in enumerate(self.cells):
             projected = cell.project(input).unbind(0)
-            steps = range(len(projected) - 1, -1, -1) if i else range(len(projected))
-            state = input.new_zeros(input.size(1), cell.state_size) if hx is None else hx[i]
-            output = [state] * len(projected)
-            for t in steps:
-                output[t], new = cell.step(projected[t], state)
+            state = input.new_zeros([input.size(1), cell.state_size]) if hx is None else hx[i]
+            output: List[Tensor] = []
+            for step in range(len(projected)):
+                t = len(projected) - 1 - step if i > 0 else step
+                y, new = cell.step(projected[t], state)
                 state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
+                output.append(y)
+            if i > 0:
+                output.reverse()
             outputs.append(torch.stack(output))
             states.append(state)
         return torch.cat(outputs, 2), torch.stack(states)
@@ -175,18 +182,28 @@ class Native(nn.Module):
     the state is carried over.
     """
 
+    __constants__ = ("lstm",)
+
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()
         self.rnn = rnn
+        self.lstm = isinstance(rnn, nn.LSTM)
 
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states are h | c, (D, B, 2·H)."""
-        lstm = isinstance(self.rnn, nn.LSTM)
-        if padding_mask is not None and not input.is_cuda:
-            return self._forward_padded(input, hx, padding_mask)
-        state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if lstm and hx is not None else hx
+        if padding_mask is not None:
+            input = zero_padding(input, padding_mask)
+        if not torch.jit.is_scripting() and (padding_mask is None or input.is_cuda):
+            return self._forward_packed(input, hx, padding_mask)
+        return self._forward_padded(input, hx, padding_mask)
+
+    @torch.jit.unused
+    def _forward_packed(
+        self, input: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor]
+    ) -> Tuple[Tensor, Tensor]:
+        state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if self.lstm and hx is not None else hx
         if padding_mask is None:
             output, state = self.rnn(input, state)
         else:
@@ -198,37 +215,51 @@ class Native(nn.Module):
             packed, state = self.rnn(packed, state)
             sorted_output, _ = pad_packed_sequence(packed, total_length=input.size(0))
             output = torch.zeros_like(sorted_output).scatter(0, order.expand_as(sorted_output), sorted_output)
-        return output, torch.cat(state, 2) if lstm else state
+        return output, torch.cat(state, 2) if self.lstm else state
+
+    @torch.jit.unused
+    def _weights(self) -> List[Tensor]:
+        return [weight for direction in self.rnn.all_weights for weight in direction]
 
     def _forward_padded(
-        self, input: Tensor, hx: Optional[Tensor], padding_mask: Tensor
+        self, input: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
-        size, lstm = self.rnn.hidden_size, isinstance(self.rnn, nn.LSTM)
+        size, (steps, batch) = self.rnn.hidden_size, input.shape[:2]
+        if padding_mask is None:
+            padding_mask = torch.zeros(batch, steps, dtype=torch.bool, device=input.device)
         # what padding adds to the gates of GRU, r | z | n, and of LSTM, i | f | g | o
-        shut = input.new_tensor([-1e4, 1e4, 0, 0] if lstm else [0, 1e4, 0]).repeat_interleave(size)[:, None]
+        shut = torch.tensor([-1e4, 1e4, 0.0, 0.0] if self.lstm else [0.0, 1e4, 0.0])
+        shut = shut.to(input).repeat_interleave(size).unsqueeze(1)
         padding = padding_mask.t().unsqueeze(2)
         input = torch.cat([input, padding.type_as(input)], 2)
         forward = _words_first(padding_mask)
         lengths = padding_mask.logical_not().sum(1)
         backward = forward.gather(
-            0, (lengths - 1 - torch.arange(len(forward), device=forward.device)[:, None]) % len(forward)
+            0, (lengths - 1 - torch.arange(steps, device=input.device).unsqueeze(1)) % steps
         )
-        last = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, size)
-        outputs, states = [], []
-        for i, (weight_ih, *weights) in enumerate(self.rnn.all_weights):
-            order = (backward if i else forward).unsqueeze(2)
+        last = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, size)
+        weights = self.rnn._flat_weights if torch.jit.is_scripting() else self._weights()
+        outputs: List[Tensor] = []
+        states: List[Tensor] = []
+        for i in range(len(weights) // 4):
+            parameters = weights[4 * i : 4 * i + 4]
+            parameters[0] = torch.cat([parameters[0], shut], 1)
+            order = (backward if i > 0 else forward).unsqueeze(2)
             x = input.gather(0, order.expand_as(input))
-            state = input.new_zeros(1, len(lengths), (1 + lstm) * size) if hx is None else hx[i : i + 1]
-            arguments = (torch.cat([weight_ih, shut], 1), *weights), True, 1, 0.0, False, False, False
-            if lstm:
+            if hx is None:
+                state = input.new_zeros([1, batch, 2 * size if self.lstm else size])
+            else:
+                state = hx[i : i + 1].contiguous()
+            if self.lstm:
                 h, c = state.chunk(2, 2)
-                output, _, c = torch.lstm(x, (h.contiguous(), c.contiguous()), *arguments)
-                h = output.gather(0, last).where(lengths.gt(0)[:, None], h)
+                hc = [h.contiguous(), c.contiguous()]
+                output, _, c = torch.lstm(x, hc, parameters, True, 1, 0.0, False, False, False)
+                h = output.gather(0, last).where(lengths.gt(0).unsqueeze(1), h)
                 state = torch.cat([h, c], 2)
             else:
-                output, state = torch.gru(x, state.contiguous(), *arguments)
+                output, state = torch.gru(x, state, parameters, True, 1, 0.0, False, False, False)
             order = order.expand_as(output)
-            outputs.append(torch.zeros_like(output).scatter(0, order, output).masked_fill(padding, 0))
+            outputs.append(torch.zeros_like(output).scatter(0, order, output).masked_fill(padding, 0.0))
             states.append(state)
         return torch.cat(outputs, 2), torch.cat(states)
 
@@ -301,14 +332,14 @@ class StackedRecurrent(nn.Module):
         cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
         input_size: width of the input
         hidden_size: H, of each direction
-        num_layers: number of layers
+        num_layers: number of layers, at least 1
         bidirectional: with a direction against time, so that D is 2 instead of 1
         dropout: probability with which an input of a layer above the first is zero at every position of a
             sequence (Gal and Ghahramani, NeurIPS 2016)
         activation: "tanh" or "identity", of lrn and olrn; the others have their own
 
     Raises:
-        ValueError: there is no such cell, or it has no such activation
+        ValueError: there is no such cell or number of layers, or it has no such activation
     """
 
     def __init__(
@@ -323,6 +354,8 @@ class StackedRecurrent(nn.Module):
         activation: str = "tanh",
     ) -> None:
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         self.output_size = hidden_size * (1 + bidirectional)
         self.layers = nn.ModuleList(
             build_recurrent(cell, size, hidden_size, bidirectional, activation)

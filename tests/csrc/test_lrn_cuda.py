@@ -183,6 +183,17 @@ def test_strides_and_alignment_do_not_matter(kernels, dtype):
             assert all(map(torch.equal, run(kernels, *changed, options, card), expected))
 
 
+@pytest.mark.parametrize("byte", [2, 128, 255])
+def test_any_byte_but_zero_is_true(kernels, byte):
+    projections, state, mask, grad = make(11, 3, 16, {}, torch.float32, masked=True)
+    other = (mask.to(torch.uint8) * byte).view(torch.bool)
+    expected = run(kernels, projections, state, mask, grad, {}, SMALL_CARD)
+    assert mask.any()
+    for card in (SMALL_CARD, LARGE_CARD):
+        found = run(kernels, projections, state, other, grad, {}, card)
+        assert all(map(torch.equal, found, expected))
+
+
 @pytest.mark.parametrize("axis", [0, 1], ids=["steps", "batch"])
 def test_strides_past_32_bits(kernels, axis, tmp_path):
     """Steps or sentences further apart than 2^31 elements, in files that hold little but gaps."""

@@ -77,13 +77,21 @@ def test_what_is_given_wins(name):
 
 
 def train(run, data, folder, *overrides, **model):
-    config = OmegaConf.load(PLUGIN.parent / "examples/translation/config/multi30k.yaml")
-    config.model = model
-    OmegaConf.save(config, folder / "tiny.yaml")
+    config = {
+        "common": {"user_dir": "???", "cpu": False},
+        "task": {"_name": "translation", "data": "???", "source_lang": "en", "target_lang": "de"},
+        "model": model,
+        "criterion": {"_name": "label_smoothed_cross_entropy", "label_smoothing": 0.1},
+        "optimizer": {"_name": "adam"},
+        "lr_scheduler": {"_name": "inverse_sqrt", "warmup_updates": 2000},
+        "optimization": {"lr": [0.005], "max_update": 1},
+        "dataset": {"max_tokens": 800, "num_workers": 0},
+    }
+    OmegaConf.save(OmegaConf.create(config), folder / "tiny.yaml")
     return run(
         "fairseq-hydra-train", "--config-dir", folder, "--config-name", "tiny", "common.cpu=true",
         f"task.data={data}", f"common.user_dir={PLUGIN}", f"hydra.run.dir={folder}",
-        f"checkpoint.save_dir={folder}", "optimization.max_update=1", *overrides,
+        f"checkpoint.save_dir={folder}", *overrides,
     )  # fmt: skip
 
 
