@@ -53,7 +53,7 @@ class BeamSearchGenerator(SequenceGenerator):
             and not self.match_source_len
         )
         if not plain:
-            return super()._generate(sample, prefix_tokens, constraints, bos_token)
+            return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
         src_tokens = sample["net_input"]["src_tokens"]
         max_len = min(int(self.max_len_a * src_tokens.size(1) + self.max_len_b), self.max_len - 1)
         if self.min_len > max_len:
@@ -76,7 +76,7 @@ class BeamSearchGenerator(SequenceGenerator):
             found = self._search(sample["net_input"], options)
         else:
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
-        return _split(sample, *found)
+        return _check(sample, _split(*found))
 
     def _search(self, net_input: Dict[str, Tensor], options: Tuple[Any, ...]) -> Tuple[Tensor, ...]:
         """Search with the model's own modules; returns what :meth:`Translator.search` does."""
@@ -146,7 +146,6 @@ def _candidates(scores: Tensor, search: Any) -> Tuple[Tensor, Tensor]:
 
 
 def _split(
-    sample: Dict[str, Any],
     counts: Tensor,
     lengths: Tensor,
     scores: Tensor,
@@ -168,7 +167,11 @@ def _split(
             tokens.split(sizes), scores.unbind(), attention.split(sizes), positional_scores.split(sizes)
         )
     )
-    found = [list(itertools.islice(hypotheses, count)) for count in counts.tolist()]
+    return [list(itertools.islice(hypotheses, count)) for count in counts.tolist()]
+
+
+def _check(sample: Dict[str, Any], found: List[List[Hypothesis]]) -> List[List[Hypothesis]]:
+    """Return ``found``, the hypotheses of each sentence, unless a sentence has none."""
     for i, beam in enumerate(found):
         if not beam:
             name = sample["id"][i].item() if "id" in sample else i

@@ -9,7 +9,8 @@ from fairseq.models.transformer import Linear
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
-from .base import Dropout, build_output_projection, find_padding, pick_sentences, project
+from ..modules.linear import project
+from .base import Dropout, build_output_projection, find_padding, pick_sentences
 
 
 class DeepNMTDecoder(FairseqIncrementalDecoder):

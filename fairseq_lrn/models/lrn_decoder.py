@@ -8,13 +8,13 @@ import torch.nn as nn
 from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
+from ..modules.linear import project
 from .base import (
     build_adaptive_softmax,
     build_output_projection,
     find_padding,
     pick_sentences,
     prepared,
-    project,
 )
 from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 

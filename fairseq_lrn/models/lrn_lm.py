@@ -11,6 +11,7 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from torch import Tensor
 
 from ..modules import LockedDropout, MixtureOfSoftmaxes, StackedRecurrent
+from ..modules.linear import project
 from .base import (
     AdaptiveSoftmaxConfig,
     CellConfig,
@@ -21,7 +22,6 @@ from .base import (
     check_cell,
     check_positive,
     find_padding,
-    project,
 )
 
 

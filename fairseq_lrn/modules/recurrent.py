@@ -9,6 +9,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..ops import linear, lrn_scan
 from .inputs import check_like, check_sequences, zero_padding
+from .linear import project
 from .lrn import LRN
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
@@ -102,7 +103,9 @@ class ATRCell(nn.Module):
 
     def project(self, input: Tensor) -> Tensor:
         """What does not wait for the state: (..., input_size) to (..., hidden_size)."""
-        return linear(input, self.input.weight, self.input.bias)
+        if not torch.jit.is_scripting():
+            return project(self.input, input)
+        return self.input(input)
 
     def step(self, p: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection and the state (B, H)."""

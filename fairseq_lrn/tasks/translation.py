@@ -16,5 +16,8 @@ class LRNTranslationTask(TranslationTask):
             seq_gen_cls = BeamSearchGenerator
             if getattr(args, "print_alignment", False):
                 seq_gen_cls = BeamSearchGeneratorWithAlignment
-                extra_gen_cls_kwargs = {**(extra_gen_cls_kwargs or {}), "print_alignment": args.print_alignment}
+                extra_gen_cls_kwargs = {
+                    **(extra_gen_cls_kwargs or {}),
+                    "print_alignment": args.print_alignment,
+                }
         return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
