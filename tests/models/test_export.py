@@ -212,6 +212,7 @@ def compile_training(builder, model, folder):
 
 
 @column("`torch.compile(fullgraph=True)`: encoder and decoder in a search")
+@torch.no_grad()  # as the search runs the encoder: one graph for both
 def compile_search(builder, model, folder):
     generator, sample = search(builder, model)
     expected = generator.generate([model], sample)
