@@ -240,9 +240,7 @@ struct BeamSearchHolder : torch::CustomClassHolder {
     return {words, parents};
   }
 
-  Tensor extra() const {
-    return to_tensor(search.extra()).view({search.rows(), search.extras()});
-  }
+  Tensor extra() const { return to_tensor(search.extra()).view({search.rows(), search.extras()}); }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hypotheses() const {
     const lrn::Hypotheses h = search.hypotheses();
@@ -261,8 +259,10 @@ TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
                        double, double, bool, const std::optional<Tensor>&>())
       .def("advance", &BeamSearchHolder::advance)
       .def("rows", &BeamSearchHolder::rows)
-      .def("width", [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
-      .def("excluded", [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.excluded(); })
+      .def("width",
+           [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
+      .def("excluded",
+           [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.excluded(); })
       .def("extra", &BeamSearchHolder::extra)
       .def("hypotheses", &BeamSearchHolder::hypotheses);
 }

@@ -52,7 +52,9 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
             self._kept = (copy.deepcopy(wanted), generator)
         return self._kept[1]
 
-    def _build_batches(self, tokens: List[Tensor], skip_invalid_size_inputs: bool) -> Iterator[Dict[str, Any]]:
+    def _build_batches(
+        self, tokens: List[Tensor], skip_invalid_size_inputs: bool
+    ) -> Iterator[Dict[str, Any]]:
         lengths = [len(sentence) for sentence in tokens]
         if max(lengths, default=0) > self.max_positions[0]:  # which fairseq raises for, or leaves out
             yield from super()._build_batches(tokens, skip_invalid_size_inputs)
@@ -71,7 +73,7 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
 
 
 def from_pretrained(model_class: type, path, checkpoint_file, data, **kwargs: Any) -> TranslationHub:
-    """Load as fairseq's ``from_pretrained`` does; a model of fairseq's ``translation`` gets ``lrn_translation``.
+    """Load as fairseq's ``from_pretrained`` does; a model of task ``translation`` gets ``lrn_translation``.
 
     Args:
         model_class: whose ``hub_models()`` may name the path
