@@ -95,8 +95,8 @@ class LRNDecoder(FairseqIncrementalDecoder):
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
         assert encoder_out is not None
-        if not torch.jit.is_scripting():
-            if incremental_state is not None and prepared(self.translator) is not None:
+        if not torch.jit.is_scripting() and incremental_state is not None:
+            if prepared(self.translator) is not None:
                 return self.translator.extract_features(
                     prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
                 )
