@@ -7,6 +7,8 @@ import sys
 from multiprocessing import forkserver
 from pathlib import Path
 
+os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores
+
 import pytest
 import torch
 
@@ -18,16 +20,36 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import forked  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # its LSTM and GRU would round what they multiply to 10 bits
+torch.set_num_threads(1)
+
+# These first, so that at the end no worker is left with a long one.
+LONGEST = [
+    "models/test_parity.py",
+    "examples/test_translation.py",
+    "tasks/test_translation.py",
+    "examples/test_efficiency.py",
+    "models/test_lrn_reader.py",
+    "test_packaging.py",
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also check fairseq's own models beside lrn")
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """Start one of fairseq's commands as a user would, on the CPU; returns the process, with its output."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(forked.IMPORTED)
+    context.set_forkserver_preload(["warm"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONWARNINGS", "ignore")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
         forkserver.ensure_running()
 
     def command(*words, input="", before=""):

@@ -1,4 +1,4 @@
-"""A script in a fork of a process that has imported fairseq: importing takes most of a command's time."""
+"""A script in a fork of a process that has imported fairseq (warm.py)."""
 
 import logging
 import os
@@ -9,17 +9,6 @@ import sys
 import traceback
 from pathlib import Path
 from typing import Dict, List, Optional
-
-# torch._dynamo is what making an optimizer imports
-IMPORTED = [
-    "pytest",
-    "torch._dynamo",
-    "fairseq",
-    "fairseq.trainer",
-    "fairseq.sequence_generator",
-    "hydra",
-    "sacrebleu",
-]
 
 
 def execute(words: List[str], input: str, output: str, before: str) -> None:

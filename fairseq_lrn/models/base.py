@@ -65,7 +65,7 @@ class NoTorchScript:
     """A base of models that TorchScript cannot compile."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Raise TypeError in place of what ``torch.jit.script`` would say of the first line it cannot read."""
+        """Raise TypeError, before ``torch.jit.script`` complains of the first line that it cannot read."""
         raise TypeError(
             f"{type(self).__name__} is not written for TorchScript: use torch.compile or torch.export"
         )

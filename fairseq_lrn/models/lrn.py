@@ -98,12 +98,13 @@ class LRNModel(EncoderDecoderModel):
 
     def __prepare_scriptable__(self) -> "LRNModel":
         """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""
-        for option in ("checkpoint_activations", "quant_noise_pq", "adaptive_softmax_cutoff"):
+        for option in ("offload_activations", "checkpoint_activations", "quant_noise_pq"):
             if getattr(self.cfg, option):
                 raise TypeError(
-                    f"TorchScript cannot compile what fairseq does for {option}={getattr(self.cfg, option)}"
-                    + ("" if "softmax" in option else f": load the model with {option}=0")
+                    f"TorchScript cannot compile fairseq's {option}: load the model with {option}=0"
                 )
+        if self.cfg.adaptive_softmax_cutoff is not None:
+            raise TypeError("TorchScript cannot compile fairseq's adaptive softmax: use torch.compile")
         return self
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
