@@ -55,7 +55,7 @@ CHILDREN: Dict[type, Dict[str, Tuple[type, ...]]] = {
 LAYERS = {LRNEncoder: LRNEncoderLayer, LRNDecoder: LRNDecoderLayer}
 SETTINGS: Dict[type, Tuple[str, ...]] = {
     LRNEncoder: ("embed_scale", "padding_idx"),
-    LRNDecoder: ("embed_scale", "num_layers"),
+    LRNDecoder: ("embed_scale", "num_layers", "alignment_layer", "alignment_heads"),
     FeedForward: ("activation_fn",),
     EncoderAttention: ("head_dim",),
     LRN: ("activation", "output_gate", "bidirectional", "num_layers", "layer_norm", "batch_first"),
@@ -141,6 +141,9 @@ def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     width = model.decoder.embed_tokens.embedding_dim
     if head_dim <= 0 or width % head_dim != 0:
         raise Unknown(f"head_dim, {head_dim}, does not divide the decoder's width, {width}")
+    aligned = (model.decoder.alignment_layer, model.decoder.alignment_heads)
+    if aligned != (model.decoder.num_layers - 1, width // head_dim):
+        raise Unknown("the attention asked for is not that of the last layer and all heads")
     return weights, {
         "activation": _same("activation", [layer.rnn for layer in layers]),
         "activation_fn": _activation(_same("activation_fn", [layer.ffn for layer in layers])),

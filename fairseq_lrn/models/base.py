@@ -99,6 +99,12 @@ def check_positive(cfg: Any, names: Iterable[str]) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
 
 
+def refuse_full_context(full_context_alignment: bool) -> None:
+    """Raise ValueError for ``full_context_alignment``, which fairseq's Transformer has."""
+    if full_context_alignment:
+        raise ValueError("full_context_alignment must be False: a recurrent decoder reads no later words")
+
+
 def prepared(translator: Any) -> Any:
     """Return ``translator`` where it stands in for ``forward``: it was made, and there are no gradients."""
     if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():

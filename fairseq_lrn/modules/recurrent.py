@@ -391,8 +391,11 @@ class StackedRecurrent(nn.Module):
         input: Tensor,
         states: Optional[List[Tensor]] = None,
         padding_mask: Optional[Tensor] = None,
+        outputs: Optional[List[Tensor]] = None,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Run all layers over (T, B, input_size); ``padding_mask`` (B, T) is True at padding.
+
+        Where ``outputs`` is a list, each layer's output is added to it.
 
         Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H), which
         are what ``states`` takes; zeros if None.
@@ -403,4 +406,6 @@ class StackedRecurrent(nn.Module):
                 input = self.dropout(input)
             input, state = layer(input, None if states is None else states[i], padding_mask)
             last.append(state)
+            if outputs is not None:
+                outputs.append(input)
         return input, last
