@@ -9,6 +9,8 @@ import argparse
 import codecs
 import functools
 import inspect
+import logging
+import math
 import os
 import pickle
 import re
@@ -20,9 +22,12 @@ from typing import Any, BinaryIO, Callable, Iterable, Iterator, List, Optional, 
 import numpy as np
 import torch
 from fairseq import checkpoint_utils
-from fairseq.data import Dictionary, data_utils
+from fairseq.data import Dictionary, FairseqDataset, data_utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.file_io import PathManager
+from fairseq.tasks.sentence_prediction import SentencePredictionTask
+
+logger = logging.getLogger(__name__)
 
 
 @functools.lru_cache(maxsize=None)  # once
@@ -257,6 +262,110 @@ def replace_whole() -> None:
     replace(PathManager, "copy", copy)
 
 
+# ------------------------------------------------------------------------------------------------- labels
+
+
+def reads_any_label() -> bool:
+    """Whether fairseq's task sentence_prediction loads labels without a look for unknown ones."""
+    return "unk" not in inspect.getsource(SentencePredictionTask.load_dataset)
+
+
+def check_labels() -> None:
+    """fairseq's task sentence_prediction names a wrong label, with its file and line, before it trains.
+
+    Why: it finds one in the middle of training, as "Target -1 is out of bounds", which names neither.
+    Until: fairseq checks labels as it loads them.
+    """
+    original = SentencePredictionTask.load_dataset
+
+    @functools.wraps(original)
+    def load_dataset(
+        self: SentencePredictionTask, split: str, combine: bool = False, **kwargs: Any
+    ) -> FairseqDataset:
+        """As fairseq's, of a split whose labels are right; it may have none.
+
+        Raises:
+            ValueError: a token to add is not in the dictionary; there are not as many labels as inputs; a
+                line's label is missing, unknown, not alone, beyond ``--num-classes`` or, for regression,
+                not finite
+        """
+        cfg, words = self.cfg, self.source_dictionary
+        for name in ("init_token", "separator_token"):
+            token = getattr(cfg, name)
+            if token is not None and not 0 <= token < len(words):
+                raise ValueError(
+                    f"--{name.replace('_', '-')} is {token}, but must be an index in the dictionary, below "
+                    f"{len(words)}"
+                )
+        lines = {}
+        for name in ("input0", "input1"):
+            path = os.path.join(cfg.data, name, split)
+            dataset = data_utils.load_indexed_dataset(path, words, combine=combine)
+            if dataset is not None:
+                lines[path] = len(dataset)
+        path = os.path.join(cfg.data, "label", split)
+        if cfg.regression_target:
+            path += ".label"
+            if os.path.exists(path):
+                lines[path] = check_numbers(path, cfg.num_classes)
+        else:
+            labels = data_utils.load_indexed_dataset(path, self.label_dictionary, combine=combine)
+            if labels is not None:
+                lines[path] = len(labels)
+                check_classes(labels, path, self)
+        if len(set(lines.values())) > 1:
+            counts = ", ".join(f"{path} has {count}" for path, count in lines.items())
+            raise ValueError(f"there must be one label for each input, but of lines {counts}")
+        return original(self, split, combine, **kwargs)
+
+    SentencePredictionTask.load_dataset = load_dataset
+
+
+def check_classes(labels: Any, path: str, task: SentencePredictionTask) -> None:
+    """Raise ValueError unless each line of ``path``, read to ``labels``, has one known label."""
+    words, classes = task.label_dictionary, task.cfg.num_classes
+    # <mask> is fairseq's, and fairseq-preprocess rounds the number of words up
+    known = [
+        word for word in words.symbols[words.nspecial :] if not word.startswith(("<mask>", "madeupword"))
+    ]
+    if len(known) < classes:
+        logger.warning("--num-classes is %d, but there are only the labels %s", classes, ", ".join(known))
+    if labels.supports_prefetch:
+        labels.prefetch(range(len(labels)))
+    for number in range(1, len(labels) + 1):
+        ids = [i for i in labels[number - 1].tolist() if i != words.eos()]
+        if len(ids) != 1:
+            raise ValueError(f"{path}, line {number}, has {len(ids)} labels, but must have 1")
+        label = ids[0] - words.nspecial
+        if label < 0:
+            raise ValueError(
+                f"{path}, line {number}, has a label that the dictionary of labels has not: the training "
+                f"set has {', '.join(known)}"
+            )
+        if label >= classes:
+            raise ValueError(
+                f"{path}, line {number}, has the label {words[ids[0]]}, number {label + 1} in the dictionary "
+                f"of labels, but --num-classes is {classes}"
+            )
+
+
+def check_numbers(path: str, targets: int) -> int:
+    """Count the lines of ``path``; raise ValueError unless each has ``targets`` finite numbers."""
+    number = 0
+    with open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                right = [math.isfinite(float(word)) for word in line.split()]
+            except ValueError:
+                right = [False]
+            if right != [True] * targets:
+                raise ValueError(
+                    f"{path}, line {number}, is {line.strip()!r}, but must be as many finite numbers as "
+                    f"--num-classes says, {targets}"
+                )
+    return number
+
+
 # -------------------------------------------------------------------------------------------------- NumPy
 
 
@@ -282,5 +391,6 @@ PATCHES: Tuple[Tuple[Callable[[], bool], Callable[[], None]], ...] = (
     (sends_what_cannot_be_read, send_any_object),
     (appends_to_failed_saves, save_from_the_beginning),
     (copies_in_place, replace_whole),
+    (reads_any_label, check_labels),
     (lacks_numpy_compat, give_numpy_compat),
 )

@@ -10,6 +10,8 @@
 #include <tuple>
 #include <utility>
 
+#include "library.h"
+
 namespace lrn {
 
 constexpr float kDead = -std::numeric_limits<float>::infinity();
@@ -240,9 +242,7 @@ struct BeamSearchHolder : torch::CustomClassHolder {
     return {words, parents};
   }
 
-  Tensor extra() const {
-    return to_tensor(search.extra()).view({search.rows(), search.extras()});
-  }
+  Tensor extra() const { return to_tensor(search.extra()).view({search.rows(), search.extras()}); }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hypotheses() const {
     const lrn::Hypotheses h = search.hypotheses();
@@ -255,14 +255,16 @@ struct BeamSearchHolder : torch::CustomClassHolder {
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
+LRN_LIBRARY(m) {
   m.class_<BeamSearchHolder>("BeamSearch")
       .def(torch::init<int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t, int64_t,
                        double, double, bool, const std::optional<Tensor>&>())
       .def("advance", &BeamSearchHolder::advance)
       .def("rows", &BeamSearchHolder::rows)
-      .def("width", [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
-      .def("excluded", [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.excluded(); })
+      .def("width",
+           [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
+      .def("excluded",
+           [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.excluded(); })
       .def("extra", &BeamSearchHolder::extra)
       .def("hypotheses", &BeamSearchHolder::hypotheses);
 }

@@ -29,10 +29,9 @@ Isa best() {
 Isa parse(const std::string& name, const char* argument) {
   for (int i = 0; i < 3; ++i) {
     if (name == kNames[i]) {
-      TORCH_CHECK_VALUE(static_cast<Isa>(i) <= best(), argument, " must be ",
-                        kNames[static_cast<int>(best())],
-                        " or one before it in default, avx2, avx512 on this machine, but is '",
-                        name, "'");
+      TORCH_CHECK_VALUE(
+          static_cast<Isa>(i) <= best(), argument, " must be ", kNames[static_cast<int>(best())],
+          " or one before it in default, avx2, avx512 on this machine, but is '", name, "'");
       return static_cast<Isa>(i);
     }
   }

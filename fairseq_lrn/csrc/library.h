@@ -29,10 +29,10 @@ class Registration {
 
 }  // namespace lrn
 
-#define LRN_REGISTER(kind, key, m, id)                                                     \
-  static void C10_CONCATENATE(lrn_add_, id)(torch::Library&);                              \
-  static const lrn::Registration C10_CONCATENATE(lrn_registration_, id)(                   \
-      torch::Library::kind, key, __FILE__, __LINE__, &C10_CONCATENATE(lrn_add_, id));      \
+#define LRN_REGISTER(kind, key, m, id)                                                \
+  static void C10_CONCATENATE(lrn_add_, id)(torch::Library&);                         \
+  static const lrn::Registration C10_CONCATENATE(lrn_registration_, id)(              \
+      torch::Library::kind, key, __FILE__, __LINE__, &C10_CONCATENATE(lrn_add_, id)); \
   void C10_CONCATENATE(lrn_add_, id)(torch::Library & m)
 #define LRN_LIBRARY(m) LRN_REGISTER(FRAGMENT, std::nullopt, m, C10_UID)
 #define LRN_LIBRARY_IMPL(key, m) LRN_REGISTER(IMPL, c10::DispatchKey::key, m, C10_UID)

@@ -119,8 +119,7 @@ std::optional<c10::OperatorHandle> onednn() {
 Tensor packed(const Tensor& x) {
   const int64_t columns = x.size(-1);
   const Tensor y = x.contiguous();
-  return x.dim() == 1 ? y.as_strided({columns}, {1})
-                      : y.as_strided(x.sizes(), {columns, 1});
+  return x.dim() == 1 ? y.as_strided({columns}, {1}) : y.as_strided(x.sizes(), {columns, 1});
 }
 
 // oneDNN takes a matrix whose rows or columns lie next to each other and do not overlap.
@@ -208,8 +207,8 @@ struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    context->save_for_backward({weight.requires_grad() ? input : Tensor(),
-                                input.requires_grad() ? weight : Tensor()});
+    context->save_for_backward(
+        {weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
     context->saved_data["bias"] = bias.has_value();
     return call(input, weight, bias);
   }
@@ -243,8 +242,8 @@ Tensor composed(const Tensor& input, const Tensor& weight, const OptionalTensor&
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const bool dual = input._fw_grad(0).defined() || weight._fw_grad(0).defined() ||
                     (bias && bias->_fw_grad(0).defined());
-  if (dual || c10::impl::tls_is_dispatch_key_included(
-                  c10::DispatchKey::FuncTorchDynamicLayerBackMode)) {
+  if (dual ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode)) {
     return composed(input, weight, bias);
   }
   return Linear::apply(input, weight, bias);

@@ -138,10 +138,12 @@ struct ScanBackward : torch::autograd::Function<ScanBackward> {
   }
 };
 
-std::tuple<Tensor, Tensor> scan_backward_autograd(
-    const Tensor& grad_output, const Tensor& projections, const Tensor& output,
-    const OptionalTensor& initial_state, const OptionalTensor& padding_mask,
-    const std::string& activation, bool output_gate, bool reverse, bool bidirectional) {
+std::tuple<Tensor, Tensor> scan_backward_autograd(const Tensor& grad_output,
+                                                  const Tensor& projections, const Tensor& output,
+                                                  const OptionalTensor& initial_state,
+                                                  const OptionalTensor& padding_mask,
+                                                  const std::string& activation, bool output_gate,
+                                                  bool reverse, bool bidirectional) {
   const variable_list grads =
       ScanBackward::apply(grad_output, projections, output, initial_state, padding_mask, activation,
                           output_gate, reverse, bidirectional);

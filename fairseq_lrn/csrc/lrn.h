@@ -40,10 +40,9 @@ inline void check_scan(const at::Tensor& projections,
               "lrn_scan: activation must be tanh or identity, but is ", activation);
   TORCH_CHECK(!(reverse && bidirectional), "lrn_scan: reverse must be False with bidirectional");
   const at::ScalarType dtype = projections.scalar_type();
-  TORCH_CHECK(dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat ||
-                  dtype == at::kDouble,
-              "lrn_scan: projections must be float16, bfloat16, float32 or float64, but is ",
-              dtype);
+  TORCH_CHECK(
+      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
+      "lrn_scan: projections must be float16, bfloat16, float32 or float64, but is ", dtype);
   TORCH_CHECK(projections.dim() == 3, "lrn_scan: projections must have 3 axes, but has ",
               projections.dim());
   const int64_t parts = output_gate ? 4 : 3, directions = bidirectional ? 2 : 1;
@@ -76,7 +75,7 @@ inline void check_states(const at::Tensor& grad_output, const at::Tensor& output
 inline Sizes sizes(const at::Tensor& projections, const std::string& activation, bool output_gate,
                    bool bidirectional) {
   const int64_t parts = output_gate ? 4 : 3;
-  return {projections.size(0),  projections.size(1),         bidirectional ? 2 : 1, parts,
+  return {projections.size(0),         projections.size(1), bidirectional ? 2 : 1, parts,
           projections.size(2) / parts, activation == "tanh"};
 }
 
@@ -89,8 +88,8 @@ at::Tensor scan(const at::Tensor& projections, const std::optional<at::Tensor>& 
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias);
 
-// The bytes of a mask. Any that is not 0 is True; as a bool of C++, one that is not 1 either would be
-// undefined.
+// The bytes of a mask. Any that is not 0 is True; as a bool of C++, one that is not 1 either would
+// be undefined.
 inline const uint8_t* bytes(const at::Tensor& mask) {
   return static_cast<const uint8_t*>(mask.const_data_ptr());
 }

@@ -9,7 +9,6 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 from torch import Tensor
 
 from ..models.deepnmt import DeepNMTModel
-from ..models.encoder_decoder import EncoderDecoderModel
 from ..models.lrn import LRNModel
 from ..ops import log_softmax_topk
 from ..ops._library import loaded
@@ -21,11 +20,11 @@ Hypothesis = Dict[str, Tensor]
 class BeamSearchGenerator(SequenceGenerator):
     """fairseq's generator, with a shorter way to the same hypotheses for one model of this package.
 
-    The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses are
-    read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are native
-    too. Otherwise the model's own modules make them, on any device. Ensembles, other models, adaptive softmax,
-    sampling and other searches, constraints, a language model, and n-grams that may not repeat use fairseq's own
-    search.
+    The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses
+    are read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are
+    native too. Otherwise the model's own modules make them, on any device. Ensembles, other models, adaptive
+    softmax, sampling and other searches, constraints, a language model, and n-grams that may not repeat use
+    fairseq's own search.
     """
 
     def __init__(self, models, tgt_dict, **kwargs):
@@ -53,7 +52,7 @@ class BeamSearchGenerator(SequenceGenerator):
             and not self.match_source_len
         )
         if not plain:
-            return super()._generate(sample, prefix_tokens, constraints, bos_token)
+            return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
         src_tokens = sample["net_input"]["src_tokens"]
         max_len = min(int(self.max_len_a * src_tokens.size(1) + self.max_len_b), self.max_len - 1)
         if self.min_len > max_len:
@@ -76,7 +75,7 @@ class BeamSearchGenerator(SequenceGenerator):
             found = self._search(sample["net_input"], options)
         else:
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
-        return _split(sample, *found)
+        return _check(sample, _split(*found))
 
     def _search(self, net_input: Dict[str, Tensor], options: Tuple[Any, ...]) -> Tuple[Tensor, ...]:
         """Search with the model's own modules; returns what :meth:`Translator.search` does."""
@@ -146,7 +145,6 @@ def _candidates(scores: Tensor, search: Any) -> Tuple[Tensor, Tensor]:
 
 
 def _split(
-    sample: Dict[str, Any],
     counts: Tensor,
     lengths: Tensor,
     scores: Tensor,
@@ -168,7 +166,11 @@ def _split(
             tokens.split(sizes), scores.unbind(), attention.split(sizes), positional_scores.split(sizes)
         )
     )
-    found = [list(itertools.islice(hypotheses, count)) for count in counts.tolist()]
+    return [list(itertools.islice(hypotheses, count)) for count in counts.tolist()]
+
+
+def _check(sample: Dict[str, Any], found: List[List[Hypothesis]]) -> List[List[Hypothesis]]:
+    """Return ``found``, the hypotheses of each sentence, unless a sentence has none."""
     for i, beam in enumerate(found):
         if not beam:
             name = sample["id"][i].item() if "id" in sample else i

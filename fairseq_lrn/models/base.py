@@ -1,6 +1,6 @@
 """What all models of this package share: the unit's options and their checks, embeddings, architectures."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, make_dataclass
 from typing import Any, Dict, Iterable, List, Optional
 
 import torch
@@ -8,14 +8,18 @@ import torch.nn as nn
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
-from fairseq.models import register_model_architecture
+from fairseq.models import (
+    ARCH_MODEL_NAME_REGISTRY,
+    MODEL_DATACLASS_REGISTRY,
+    register_model_architecture,
+)
 from fairseq.models.transformer import Embedding
 from fairseq.modules import AdaptiveSoftmax, FairseqDropout
+from hydra.core.config_store import ConfigStore
 from torch import Tensor
 
 from ..modules import CELLS
 from ..modules.dropout import dropout
-from ..ops import linear
 
 Activation = ChoiceEnum(["tanh", "identity"])
 
@@ -61,7 +65,7 @@ class NoTorchScript:
     """A base of models that TorchScript cannot compile."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Raise TypeError in place of what ``torch.jit.script`` would say of the first line it cannot read."""
+        """Raise TypeError, before ``torch.jit.script`` complains of the first line that it cannot read."""
         raise TypeError(
             f"{type(self).__name__} is not written for TorchScript: use torch.compile or torch.export"
         )
@@ -93,6 +97,12 @@ def check_positive(cfg: Any, names: Iterable[str]) -> None:
     for name in names:
         if getattr(cfg, name, 1) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
+
+
+def refuse_full_context(full_context_alignment: bool) -> None:
+    """Raise ValueError for ``full_context_alignment``, which fairseq's Transformer has."""
+    if full_context_alignment:
+        raise ValueError("full_context_alignment must be False: a recurrent decoder reads no later words")
 
 
 def prepared(translator: Any) -> Any:
@@ -169,13 +179,6 @@ def build_embedding(dictionary, embed_dim: int, path: Optional[str] = None) -> n
     return embedding
 
 
-def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; a plain ``nn.Linear``'s, without hooks, by the faster :func:`~fairseq_lrn.ops.linear`."""
-    if type(layer) is nn.Linear and not (layer._forward_pre_hooks or layer._forward_hooks):
-        return linear(x, layer.weight, layer.bias)
-    return layer(x)
-
-
 def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Linear:
     """Return the map from features to scores, with the weights of ``embed_tokens`` if they are ``shared``."""
     projection = nn.Linear(embed_tokens.embedding_dim, embed_tokens.num_embeddings, bias=False)
@@ -187,10 +190,26 @@ def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Line
 
 
 def architecture(model: str, name: str, **values: Any) -> None:
-    """Register architecture ``name``: the defaults of ``model``'s options, but for ``values``."""
+    """Register architecture ``name``: the defaults of ``model``'s options, but for ``values``.
+
+    fairseq calls the function for ``--arch``; a YAML file's ``_name`` leads to the dataclass, over whose
+    defaults goes what the file says.
+    """
 
     @register_model_architecture(model, name)
     def apply(cfg: Any) -> None:
         for option, value in values.items():
             if not hasattr(cfg, option):
                 setattr(cfg, option, value)
+
+    config = MODEL_DATACLASS_REGISTRY[model]
+    options = [
+        (option, config.__dataclass_fields__[option].type, field(default=value))
+        for option, value in values.items()
+    ]
+    config = make_dataclass(name, options, bases=(config,))
+    node = config()
+    node._name = name
+    MODEL_DATACLASS_REGISTRY[name] = config
+    ARCH_MODEL_NAME_REGISTRY[name] = name  # where fairseq looks for the dataclass
+    ConfigStore.instance().store(name=name, group="model", node=node, provider="fairseq_lrn")

@@ -21,6 +21,12 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
         default="relu", metadata={"help": "activation function of the feed-forward layers"}
     )
+    alignment_layer: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "decoder layer, from 0, whose attention aligns source and target (default: the last)"
+        },
+    )
     word_dropout: float = field(
         default=0.0,
         metadata={"help": "probability of dropping a word's embedding, in place of its elements' dropout"},
@@ -87,6 +93,24 @@ class LRNModel(EncoderDecoderModel):
         self.translator = None  # see fairseq_lrn.inference
 
     @classmethod
+    def build_model(cls, cfg, task):
+        """As :meth:`EncoderDecoderModel.build_model`; attention is trained if ``task`` loads alignments.
+
+        Raises:
+            ValueError: also for a layer that is not there, or that training with alignments may leave out
+        """
+        model = super().build_model(cfg, task)
+        layer, layers = model.decoder.alignment_layer, model.cfg.decoder_layers
+        if not 0 <= layer < layers:
+            raise ValueError(f"--alignment-layer is {layer}, but must be from 0 to {layers - 1}")
+        model.decoder.learns_alignments = bool(getattr(getattr(task, "cfg", None), "load_alignments", False))
+        if model.decoder.learns_alignments and model.cfg.decoder_layerdrop > 0:
+            raise ValueError(
+                f"--decoder-layerdrop is {model.cfg.decoder_layerdrop}, but must be 0 with --load-alignments"
+            )
+        return model
+
+    @classmethod
     def complete(cls, cfg: LRNConfig) -> None:
         """Count the layers that are kept; offloading activations implies checkpointing them."""
         for side in ("encoder", "decoder"):
@@ -98,12 +122,13 @@ class LRNModel(EncoderDecoderModel):
 
     def __prepare_scriptable__(self) -> "LRNModel":
         """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""
-        for option in ("checkpoint_activations", "quant_noise_pq", "adaptive_softmax_cutoff"):
+        for option in ("offload_activations", "checkpoint_activations", "quant_noise_pq"):
             if getattr(self.cfg, option):
                 raise TypeError(
-                    f"TorchScript cannot compile what fairseq does for {option}={getattr(self.cfg, option)}"
-                    + ("" if "softmax" in option else f": load the model with {option}=0")
+                    f"TorchScript cannot compile fairseq's {option}: load the model with {option}=0"
                 )
+        if self.cfg.adaptive_softmax_cutoff is not None:
+            raise TypeError("TorchScript cannot compile fairseq's adaptive softmax: use torch.compile")
         return self
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):

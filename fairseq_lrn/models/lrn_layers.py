@@ -14,6 +14,7 @@ from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
 from ..modules import build_recurrent
+from ..modules.linear import is_plain
 from .base import Dropout
 
 
@@ -113,7 +114,10 @@ class EncoderAttention(nn.Module):
         if padding_mask is not None:
             padding_mask = padding_mask[:, None, None]
         weights: Optional[Tensor] = None
-        if need_weights:
+        plain = True
+        if not torch.jit.is_scripting():
+            plain = is_plain(self.dropout_module, Dropout)
+        if need_weights or not plain:
             scores = torch.matmul(query * self.head_dim**-0.5, keys.transpose(2, 3))
             if padding_mask is not None:
                 scores = scores.masked_fill(padding_mask, float("-inf"))
@@ -121,12 +125,12 @@ class EncoderAttention(nn.Module):
             y = torch.matmul(self.dropout_module(weights), values)
             weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
         else:
-            active = self.training or self.dropout_module.apply_during_inference
+            active = self.dropout_module.training or self.dropout_module.apply_during_inference
             dropout = self.dropout_module.p if active else 0.0
             mask = None if padding_mask is None else padding_mask.logical_not()
             y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
         y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
-        return self.out_proj(y), weights
+        return self.out_proj(y), weights if need_weights else None
 
 
 class LRNEncoderLayer(nn.Module):

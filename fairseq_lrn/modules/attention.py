@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .padding import zero_padding
+from .inputs import check_sequences, zero_padding
 
 
 class StepAttention(nn.Module):
@@ -45,10 +45,9 @@ class StepAttention(nn.Module):
 
         Raises:
             ValueError: ``memory`` has not that shape, or ``padding_mask`` (B, S) does not fit it
-            TypeError: ``padding_mask`` is not bool
+            TypeError: a dtype is wrong
         """
-        if memory.dim() != 3 or memory.size(2) != self.key.in_features:
-            raise ValueError(f"memory must be (S, B, {self.key.in_features}), got {list(memory.shape)}")
+        check_sequences("memory", memory, self.key.in_features, self.key.weight)
         if padding_mask is not None:
             memory = zero_padding(memory, padding_mask)
         return self.key(memory), memory

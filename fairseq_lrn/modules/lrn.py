@@ -12,9 +12,8 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import linear, lrn_scan
-from ..ops.scan import autocast_enabled, check_strided, dtype_name
 from .dropout import dropout
-from .padding import zero_padding
+from .inputs import check_like, zero_padding
 
 
 class LRN(nn.Module):
@@ -207,7 +206,7 @@ class LRN(nn.Module):
 
         Raises:
             ValueError: a shape or device is wrong; the message names the argument.
-            TypeError: a dtype is wrong; the message names the argument.
+            TypeError: an argument is no tensor, or a dtype is wrong; the message names the argument.
         """
         if not torch.jit.is_scripting():
             for name, value in (("hx", hx), ("padding_mask", padding_mask)):
@@ -276,27 +275,15 @@ class LRN(nn.Module):
         return self.num_layers * (2 if self.bidirectional else 1)
 
     def _check(self, input: Tensor, hx: Optional[Tensor], state_shape: List[int]) -> None:
-        check_strided("input", input)
+        check_like("input", input, self.weight_ih_l0)
         if hx is not None:
-            check_strided("hx", hx)
+            check_like("hx", hx, self.weight_ih_l0)
         if input.size(-1) != self.input_size:
-            raise ValueError(f"input's last axis must be input_size={self.input_size}, got {input.size(-1)}")
+            raise ValueError(
+                f"input must have a last axis of input_size={self.input_size}, got {list(input.shape)}"
+            )
         if hx is not None and list(hx.shape) != state_shape:
             raise ValueError(f"hx must have shape {state_shape}, got {list(hx.shape)}")
-        device, dtype = self.weight_ih_l0.device, self.weight_ih_l0.dtype
-        if input.device != device:
-            raise ValueError(f"input must be on {device} as the parameters are, but is on {input.device}")
-        if hx is not None and hx.device != device:
-            raise ValueError(f"hx must be on {device} as the parameters are, but is on {hx.device}")
-        if not autocast_enabled(input):
-            if input.dtype != dtype:
-                raise TypeError(
-                    f"input must be {dtype_name(dtype)} as the parameters are, got {dtype_name(input.dtype)}"
-                )
-            if hx is not None and hx.dtype != dtype:
-                raise TypeError(
-                    f"hx must be {dtype_name(dtype)} as the parameters are, got {dtype_name(hx.dtype)}"
-                )
 
     def _run(
         self, x: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor], rows: Optional[Tensor]
@@ -306,7 +293,7 @@ class LRN(nn.Module):
         weights = self._weights if torch.jit.is_scripting() else self.all_weights
         size = self.hidden_size
         finals: List[Tensor] = []
-        if padding_mask is not None and rows is None:
+        if padding_mask is not None and rows is None and torch.is_grad_enabled():
             x = zero_padding(x, padding_mask)
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0 and self.training:

@@ -6,7 +6,7 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
-from .padding import zero_padding
+from .inputs import check_sequences, zero_padding
 
 
 class AttentivePooling(nn.Module):
@@ -28,10 +28,9 @@ class AttentivePooling(nn.Module):
 
         Raises:
             ValueError: ``x`` has not that shape, or ``padding_mask`` does not fit it
-            TypeError: ``padding_mask`` is not bool
+            TypeError: a dtype is wrong
         """
-        if x.dim() != 3 or x.size(2) != self.projection.in_features:
-            raise ValueError(f"x must be (T, B, {self.projection.in_features}), got {list(x.shape)}")
+        check_sequences("x", x, self.projection.in_features, self.projection.weight)
         if padding_mask is not None:
             x = zero_padding(x, padding_mask)
         scores = self.query(torch.tanh(self.projection(x))).squeeze(2)

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..ops import linear, lrn_scan
+from .inputs import check_like, check_sequences, zero_padding
+from .linear import project
 from .lrn import LRN
-from .padding import zero_padding
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
 
@@ -19,7 +20,7 @@ class LRNCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, activation: str, output_gate: bool) -> None:
         super().__init__()
-        self.state_size = hidden_size
+        self.input_size, self.state_size = input_size, hidden_size
         self.rnn = LRN(input_size, hidden_size, activation=activation, output_gate=output_gate)
 
     def project(self, input: Tensor) -> Tensor:
@@ -92,7 +93,7 @@ class ATRCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.state_size = hidden_size
+        self.input_size, self.state_size = input_size, hidden_size
         self.input = nn.Linear(input_size, hidden_size)
         self.hidden = nn.Linear(hidden_size, hidden_size)
         nn.init.xavier_uniform_(self.input.weight)
@@ -102,7 +103,9 @@ class ATRCell(nn.Module):
 
     def project(self, input: Tensor) -> Tensor:
         """What does not wait for the state: (..., input_size) to (..., hidden_size)."""
-        return linear(input, self.input.weight, self.input.bias)
+        if not torch.jit.is_scripting():
+            return project(self.input, input)
+        return self.input(input)
 
     def step(self, p: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection and the state (B, H)."""
@@ -121,7 +124,7 @@ class SRUCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.state_size = hidden_size
+        self.input_size, self.state_size = input_size, hidden_size
         self.weight = nn.Parameter(torch.empty(4 * hidden_size, input_size))
         self.v = nn.Parameter(torch.zeros(2 * hidden_size))
         self.bias = nn.Parameter(torch.zeros(2 * hidden_size))
@@ -151,6 +154,10 @@ class Unrolled(nn.Module):
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
+        if not torch.jit.is_scripting():
+            first = self.cells[0]
+            state = (len(self.cells), first.state_size)
+            _check(input, hx, first.input_size, state, next(self.parameters()))
         if padding_mask is not None:
             input = zero_padding(input, padding_mask)
         outputs: List[Tensor] = []
@@ -190,6 +197,9 @@ class Native(nn.Module):
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states are h | c, (D, B, 2·H)."""
+        if not torch.jit.is_scripting():
+            state = (1 + self.rnn.bidirectional, (1 + self.lstm) * self.rnn.hidden_size)
+            _check(input, hx, self.rnn.input_size, state, self.rnn.weight_ih_l0)
         if padding_mask is not None:
             input = zero_padding(input, padding_mask)
         if not torch.jit.is_scripting() and (padding_mask is None or input.is_cuda):
@@ -261,6 +271,20 @@ class Native(nn.Module):
         return torch.cat(outputs, 2), torch.cat(states)
 
 
+def _check(
+    input: Tensor, hx: Optional[Tensor], width: int, state: Tuple[int, int], parameter: Tensor
+) -> None:
+    """Raise unless ``input`` is (T, B, width), T > 0, and hx, if given, (D, B, S) of a state (D, S)."""
+    check_sequences("input", input, width, parameter)
+    if len(input) == 0:
+        raise ValueError("input must have a step at least, got none")
+    if hx is not None:
+        check_like("hx", hx, parameter)
+        shape = [state[0], input.size(1), state[1]]
+        if list(hx.shape) != shape:
+            raise ValueError(f"hx must have shape {shape}, got {list(hx.shape)}")
+
+
 def _words_first(padding_mask: Tensor) -> Tensor:
     """Return, for each sentence of (B, T), where its words are and then where its padding is: (T, B)."""
     return padding_mask.byte().argsort(dim=1, stable=True).t()
@@ -319,6 +343,8 @@ class LockedDropout(nn.Dropout1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (T, B, C) with the same channels of a sequence zeroed throughout."""
+        if input.dim() != 3:
+            raise ValueError(f"input must have shape (T, B, C), got {list(input.shape)}")
         return super().forward(input.permute(1, 2, 0)).permute(2, 0, 1)
 
 
@@ -365,8 +391,11 @@ class StackedRecurrent(nn.Module):
         input: Tensor,
         states: Optional[List[Tensor]] = None,
         padding_mask: Optional[Tensor] = None,
+        outputs: Optional[List[Tensor]] = None,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Run all layers over (T, B, input_size); ``padding_mask`` (B, T) is True at padding.
+
+        Where ``outputs`` is a list, each layer's output is added to it.
 
         Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H), which
         are what ``states`` takes; zeros if None.
@@ -377,4 +406,6 @@ class StackedRecurrent(nn.Module):
                 input = self.dropout(input)
             input, state = layer(input, None if states is None else states[i], padding_mask)
             last.append(state)
+            if outputs is not None:
+                outputs.append(input)
         return input, last

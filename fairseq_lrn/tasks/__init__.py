@@ -1,7 +1,6 @@
 """fairseq tasks, where fairseq has none that fits; importing this package registers them."""
 
 from .. import fairseq_patches
-from . import sentence_prediction  # noqa: F401  changes fairseq's task
 from .reading_comprehension import ReadingComprehensionTask
 from .tagging import TaggingTask
 from .translation import LRNTranslationTask

@@ -1,3 +1,4 @@
+import argparse
 import json
 import os
 import re
@@ -11,7 +12,8 @@ from batches import SMALL_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
 EFFICIENCY = ROOT / "examples" / "efficiency"
-
+sys.path.insert(0, str(EFFICIENCY))
+import arguments  # noqa: E402
 
 BEFORE = f"""
 import os, subprocess, sys
@@ -116,6 +118,43 @@ def test_units_prints_every_unit_beside_the_paper(benchmark, tmp_path):
     assert len({one["parameters"] for (one,) in measured.values()}) > 3
     assert all(value >= 0 for (one,) in measured.values() for value in one.values())
     assert (tmp_path / "out.png").stat().st_size > 0
+
+
+@pytest.mark.parametrize(
+    ("read", "text", "message"),
+    [
+        (arguments.positive, "0", "0 is given, but it must be at least 1"),
+        (arguments.output, "missing/out.json", "there is no folder missing"),
+        (arguments.output, ".", ". is a folder, but must be a file"),
+        (arguments.picture, "missing/out.png", "there is no folder missing"),
+        (arguments.picture, "out.xyz", "out.xyz must end in one of ."),
+    ],
+)
+def test_types_of_arguments(monkeypatch, tmp_path, read, text, message):
+    monkeypatch.chdir(tmp_path)
+    assert (arguments.positive("2"), arguments.picture("out.PNG")) == (2, Path("out.PNG"))
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(message)):
+        read(text)
+
+
+@pytest.mark.parametrize(
+    ("script", "options", "message"),
+    [
+        ("benchmark.py", ["--shapes", "3,2"], "argument --shapes: invalid shape value: '3,2'"),
+        ("benchmark_cuda.py", ["--json", "missing/out.json"], "argument --json: there is no folder missing"),
+        (
+            "units.py",
+            ["--sizes", '{"height": 3}'],
+            'argument --sizes: {"height": 3} must be an object of width',
+        ),
+        ("decoding.py", [".", "run"], "run: no run/checkpoint_best.pt"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_measuring(benchmark, script, options, message):
+    status, output = benchmark(script, *options)
+    assert status != 0
+    assert message in output.splitlines()[-1]
+    assert not rows(output)
 
 
 @pytest.fixture(scope="module")

@@ -66,7 +66,7 @@ def test_padding_content_has_no_gradient(value, additive):
 def test_memories_that_do_not_fit():
     attention, memory = StepAttention(3, 4), torch.zeros(5, 2, 4)
     for bad in (memory[0], memory[..., 1:]):
-        with pytest.raises(ValueError, match=r"memory must be \(S, B, 4\), got"):
+        with pytest.raises(ValueError, match=r"memory must have shape \(T, B, 4\), got"):
             attention.project(bad)
     with pytest.raises(ValueError, match=r"padding_mask must have shape \[2, 5\]"):
         attention.project(memory, torch.zeros(5, 2, dtype=torch.bool))

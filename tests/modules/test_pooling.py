@@ -35,8 +35,8 @@ def test_padding_content_has_no_gradient(value):
 @pytest.mark.parametrize(
     ("x", "mask", "words"),
     [
-        (torch.zeros(5, 4), None, r"x must be \(T, B, 4\), got \[5, 4\]"),
-        (torch.zeros(5, 2, 3), None, r"x must be \(T, B, 4\), got \[5, 2, 3\]"),
+        (torch.zeros(5, 4), None, r"x must have shape \(T, B, 4\), got \[5, 4\]"),
+        (torch.zeros(5, 2, 3), None, r"x must have shape \(T, B, 4\), got \[5, 2, 3\]"),
         (torch.zeros(5, 2, 4), MASK[:1], r"padding_mask must have shape \[2, 5\]"),
         (torch.zeros(5, 2, 4), MASK.int(), "padding_mask must be torch.bool, but is torch.int32"),
     ],

@@ -181,6 +181,34 @@ def test_masks_that_do_not_fit(cell, mask, words):
         make(cell)(torch.randn(4, 3, SIZE, dtype=torch.double), None, mask)
 
 
+GOOD = torch.zeros(4, 3, SIZE, dtype=torch.double)
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("name", "input", "hx"),
+    [
+        ("input", GOOD.float(), None),
+        ("input", GOOD.to(torch.complex64), None),
+        ("input", GOOD.to("meta"), None),
+        ("input", GOOD.to_sparse(), None),
+        ("input", torch.nested.nested_tensor([GOOD[0], GOOD[1]]), None),
+        ("input", GOOD[..., 1:], None),
+        ("input", GOOD[0, 0], None),
+        ("input", GOOD[None], None),
+        ("hx", GOOD, GOOD.float()),
+        ("hx", GOOD, GOOD.to("meta")),
+        ("hx", GOOD, GOOD[:1, :1]),
+    ],
+)
+def test_inputs_that_do_not_fit(cell, name, input, hx):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
+        make(cell)(input, hx)
+    if name == "input":
+        with pytest.raises((TypeError, ValueError), match="input must"):
+            StackedRecurrent(cell, SIZE, HIDDEN, 2).double()(input)
+
+
 @every_cell
 @each_way
 def test_a_state_is_carried_over_padding(cell, bidirectional):

@@ -48,32 +48,12 @@ def linear_samples():
     yield (normal(2, 40, 5, grad=True), normal(4, 5)), {}
 
 
-def parameters(*shapes):
-    return [normal(*shape) for shape in shapes for shape in (shape, shape[:1])]
-
-
-def encoder_layer_samples():
-    weights = parameters((6,), (36, 6), (6, 12), (6,), (8, 6), (6, 8))
-    options = {"activation": "tanh", "output_gate": False}
-    yield (normal(3, 2, 6), torch.tensor([[False, True, False], [False] * 3]), weights), options
-
-
-def decoder_step_samples():
-    square = [(6, 6)] * 4  # of keys, values, the query and the output
-    weights = parameters((6,), (18, 6), (6, 6), (6,), *square, (6,), (8, 6), (6, 8))
-    options = {"activation": "tanh", "output_gate": False, "need_weights": True}
-    inputs = (normal(1, 4, 6), normal(1, 4, 6), normal(2, 2, 3, 5, 2))
-    yield (*inputs, torch.tensor([[False] * 5, [False, True, True, True, True]]), weights), options
-
-
 # Every operator but those without tensors; a new one must be added here.
 SAMPLES = {
     "linear": linear_samples,
     "log_softmax_topk": lambda: [((normal(3, 70), 4, [1]), {})],
     "lrn_scan": scan_samples,
     "lrn_scan_backward": scan_backward_samples,
-    "lrn_encoder_layer": encoder_layer_samples,
-    "lrn_decoder_step": decoder_step_samples,
 }
 WITHOUT_TENSORS = {"cpu_capability", "set_cpu_capability"}
 
