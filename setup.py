@@ -7,6 +7,7 @@ import subprocess
 import sys
 from glob import glob
 
+import setuptools
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
@@ -15,6 +16,9 @@ try:
     from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     sys.exit("fairseq-lrn compiles against PyTorch: install torch, then pip install --no-build-isolation .")
+
+if int(setuptools.__version__.split(".")[0]) < 64:
+    sys.exit(f"fairseq-lrn needs setuptools 64 or later, but this is {setuptools.__version__}")
 
 
 class OptionalBuild(BuildExtension):
