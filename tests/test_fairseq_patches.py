@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fairseq
 import numpy as np
 import pytest
 import torch
@@ -59,7 +60,7 @@ def test_keep_sentences(sentences, limit):
             assert len(batch) % 4 == 0 or len(batch) < 4
             assert len(batch) <= limit.get("max_sentences", 10)
             assert len(batch) * max(sizes[i] for i in batch) <= limit.get("max_tokens", 100)
-    if sentences:
+    if sentences and fairseq.__version__ != "0.12.2":  # an older one than fairseq-fixed
         upstream = batches(data_utils.batch_by_size.__wrapped__, sizes, indices)
         assert sum(map(len, upstream)) == sentences - (len(found[-1]) if len(found[-1]) % 4 else 0)
 
