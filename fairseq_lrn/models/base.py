@@ -202,9 +202,9 @@ def build_embedding(
 def read_vectors(embedding: nn.Embedding, cfg: CellConfig, option: str, read: Callable[[str], None]) -> None:
     """Call ``read`` with the path ``cfg.option``, if one is given, to fill ``embedding`` before training.
 
-    A model that a checkpoint is loaded into needs no file, but fairseq does not say that it will load one. So,
-    in its commands, the file is not read where there is a checkpoint to go on from. What is wrong with the
-    file is an error, a ValueError, once the embedding is used in training without being loaded.
+    A model that a checkpoint is loaded into needs no file, but fairseq does not say whether it will load one.
+    So, in its commands, the file is not read where there is a checkpoint to go on from. What is wrong with
+    the file is an error, a ValueError, once the embedding is used in training without being loaded.
     """
     path = getattr(cfg, option)
     if not path:
