@@ -35,7 +35,7 @@ def _become(words: List[str], input: str, written: int, before: str) -> None:
 
 
 def call(words: List[str], cwd: Path, log: Path, env: Dict[str, str], lock: Optional[int] = None) -> int:
-    """As :func:`recipe.call`, in a fork of this process where the command is Python's."""
+    """As :func:`recipe.work.call`, in a fork of this process where the command is Python's."""
     script = words[1:] if words[0] == sys.executable else words
     beside = Path(sys.executable).parent / script[0]
     with open(log, "ab") as file:

@@ -242,9 +242,7 @@ struct BeamSearchHolder : torch::CustomClassHolder {
     return {words, parents};
   }
 
-  Tensor extra() const {
-    return to_tensor(search.extra()).view({search.rows(), search.extras()});
-  }
+  Tensor extra() const { return to_tensor(search.extra()).view({search.rows(), search.extras()}); }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hypotheses() const {
     const lrn::Hypotheses h = search.hypotheses();
@@ -263,8 +261,10 @@ LRN_LIBRARY(m) {
                        double, double, bool, const std::optional<Tensor>&>())
       .def("advance", &BeamSearchHolder::advance)
       .def("rows", &BeamSearchHolder::rows)
-      .def("width", [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
-      .def("excluded", [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.excluded(); })
+      .def("width",
+           [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
+      .def("excluded",
+           [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.excluded(); })
       .def("extra", &BeamSearchHolder::extra)
       .def("hypotheses", &BeamSearchHolder::hypotheses);
 }

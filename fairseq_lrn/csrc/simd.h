@@ -42,28 +42,27 @@ LRN_HD V max(const V& a, const V& b) {
   return a > b ? a : b;
 }
 
+// Adds the upper half of a vector to the lower one, and so on.
 template <int kLanes>
 LRN_HD float sum(const Floats<kLanes>& v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) {
-      lanes[i] += lanes[i + step];
-    }
+  if constexpr (kLanes == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    Floats<kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return sum<kLanes / 2>(halves[0] + halves[1]);
   }
-  return lanes[0];
 }
 
 template <int kLanes>
 LRN_HD float maximum(const Floats<kLanes>& v) {
-  float lanes[kLanes];
-  std::memcpy(lanes, &v, sizeof(v));
-  for (int step = kLanes / 2; step > 0; step /= 2) {
-    for (int i = 0; i < step; ++i) {
-      lanes[i] = lanes[i] > lanes[i + step] ? lanes[i] : lanes[i + step];
-    }
+  if constexpr (kLanes == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    Floats<kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return maximum<kLanes / 2>(max(halves[0], halves[1]));
   }
-  return lanes[0];
 }
 
 // A bit for each lane of a that is greater than b.
@@ -103,7 +102,8 @@ LRN_HD Floats<kLanes> exp2(const Floats<kLanes>& t) {
 #endif
   {
     const V clamped = t < -126.0f ? V{} - 126.0f : t;
-    const V rounder = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const V rounder =
+        V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
     const V shifted = (clamped - 0.5f) + rounder;
     std::memcpy(&whole, &shifted, sizeof(whole));
     fraction = clamped - (shifted - rounder);

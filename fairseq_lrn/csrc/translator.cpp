@@ -24,8 +24,8 @@ namespace lrn {
 
 using at::Tensor;
 
-constexpr int64_t kBlock = 60;           // rows that stay in the nearest caches through a layer
-constexpr int64_t kShareRows = 1024;     // rows and words of a share: a step takes part of a second
+constexpr int64_t kBlock = 60;        // rows that stay in the nearest caches through a layer
+constexpr int64_t kShareRows = 1024;  // rows and words of a share: a step takes part of a second
 constexpr int64_t kShareWords = 4096;
 constexpr int64_t kHugePage = 1 << 21;
 
@@ -48,6 +48,14 @@ void embed(const Embedding& embedding, const int64_t* words, int64_t rows, Rows 
       to[i] = from[i] * embedding.scale;
     }
     std::fill(to + size, to + round_up(size, kPad), 0.0f);
+  }
+}
+
+// Asks for the keys and values of a sentence, which are read after those of the one before.
+void prefetch(const Memory& memory, int64_t width) {
+  const float* end = memory.keys + Memory::floats(memory.length, width);
+  for (const float* line = memory.keys; line < end; line += 16) {
+    __builtin_prefetch(line);
   }
 }
 
@@ -199,7 +207,8 @@ Activation parse_activation(const std::string& name) {
       return activation;
     }
   }
-  TORCH_CHECK_VALUE(false, "Translator: activation_fn must be linear, relu, gelu, gelu_accurate or ",
+  TORCH_CHECK_VALUE(false,
+                    "Translator: activation_fn must be linear, relu, gelu, gelu_accurate or ",
                     "tanh, got ", name);
 }
 
@@ -251,16 +260,14 @@ Translator::Translator(const Weights& weights, const TranslatorSettings& setting
     }
     const std::string attention = name + "encoder_attn.";
     const float scale = 1 / std::sqrt(static_cast<float>(heads.size));
-    decoder_.push_back({packer.norm(name + "rnn_layer_norm", width),
-                        packer.linear({name + "rnn"}, {decoder_cell_.parts(), width}, whole, 1,
-                                      "_ih_l0"),
-                        packer.linear({name + "out_proj"}, whole, whole),
-                        packer.norm(name + "encoder_attn_layer_norm", width),
-                        packer.linear({attention + "q_proj"}, heads, whole, scale),
-                        packer.linear({attention + "k_proj", attention + "v_proj"}, heads,
-                                      encoder_whole),
-                        packer.linear({attention + "out_proj"}, whole, heads),
-                        feed_forward(name, whole)});
+    decoder_.push_back(
+        {packer.norm(name + "rnn_layer_norm", width),
+         packer.linear({name + "rnn"}, {decoder_cell_.parts(), width}, whole, 1, "_ih_l0"),
+         packer.linear({name + "out_proj"}, whole, whole),
+         packer.norm(name + "encoder_attn_layer_norm", width),
+         packer.linear({attention + "q_proj"}, heads, whole, scale),
+         packer.linear({attention + "k_proj", attention + "v_proj"}, heads, encoder_whole),
+         packer.linear({attention + "out_proj"}, whole, heads), feed_forward(name, whole)});
   }
   TORCH_CHECK_VALUE(!encoder_.empty() && !decoder_.empty(),
                     "Translator: weights must have layers of the encoder and of the decoder");
@@ -377,10 +384,12 @@ void Translator::decode_block(int64_t index, const DecoderStep& step, int64_t be
   linear(layer.query, normed, rows, queries);
   for (int64_t i = begin; i < end; ++i) {
     const Memory memory = step.memories[i]->layer(index, heads_ * head_);
+    if (i + 1 < end) {
+      prefetch(step.memories[i + 1]->layer(index, heads_ * head_), heads_ * head_);
+    }
     const int64_t row = (i - begin) * beams;
-    const Attention attention{
-        heads_, head_, step.attention_heads,
-        scratch.attention.floats(beams * round_up(memory.length, kPad))};
+    const Attention attention{heads_, head_, step.attention_heads,
+                              scratch.attention.floats(beams * round_up(memory.length, kPad))};
     float* weights = index == step.attention_layer ? step.attention[i] : nullptr;
     attend(attention, memory, queries.from(row), beams, found.from(row), weights);
   }
@@ -516,7 +525,8 @@ Sentences Translator::read(const Tensor& src_tokens) const {
 // Calls f(begin, end, scratch) for all of [0, count), in as many parts as there are threads.
 template <typename F>
 void Translator::share_out(int64_t count, const F& f) const {
-  const int64_t part = std::max<int64_t>(1, (count + at::get_num_threads() - 1) / at::get_num_threads());
+  const int64_t part =
+      std::max<int64_t>(1, (count + at::get_num_threads() - 1) / at::get_num_threads());
   at::parallel_for(0, count, part, [&](int64_t begin, int64_t end) {
     std::unique_ptr<Share> share = take_share();
     f(begin, end, share->scratch());
@@ -679,8 +689,8 @@ std::vector<int64_t> read_prefix(const std::optional<Tensor>& prefix, int64_t se
   if (!prefix) {
     return {};
   }
-  TORCH_CHECK_VALUE(prefix->dim() == 2 && prefix->size(0) == sentences,
-                    "prefix_tokens must be (", sentences, ", length), got ", prefix->sizes());
+  TORCH_CHECK_VALUE(prefix->dim() == 2 && prefix->size(0) == sentences, "prefix_tokens must be (",
+                    sentences, ", length), got ", prefix->sizes());
   const Tensor ids = prefix->to(at::kCPU, at::kLong).contiguous();
   const int64_t* data = ids.const_data_ptr<int64_t>();
   for (int64_t i = 0; i < ids.numel(); ++i) {
@@ -715,8 +725,7 @@ Translation::Translation(c10::intrusive_ptr<Translator> translator, const Search
   const int64_t needed = std::max((sentences_ * options.beam_size - 1) / kShareRows,
                                   (all.begins.back() - 1) / kShareWords) +
                          1;
-  const int64_t count =
-      std::min(sentences_, std::max<int64_t>(needed, at::get_num_threads()));
+  const int64_t count = std::min(sentences_, std::max<int64_t>(needed, at::get_num_threads()));
   const int64_t prefix_length = sentences_ == 0 ? 0 : first_words.size() / sentences_;
   for (int64_t i = 0; i < count; ++i) {
     Sentences sentences;
@@ -814,15 +823,16 @@ LRN_LIBRARY(m) {
             torch::arg("decoder_scale"), torch::arg("pad")})
       .def("encode", [](const intrusive_ptr<Translator>& self,
                         const at::Tensor& src_tokens) { return self->encode(src_tokens); })
-      .def("project", [](const intrusive_ptr<Translator>& self, const at::Tensor& encoder_out,
-                         const Optional& padding_mask) { return self->project(encoder_out, padding_mask); })
+      .def("project",
+           [](const intrusive_ptr<Translator>& self, const at::Tensor& encoder_out,
+              const Optional& padding_mask) { return self->project(encoder_out, padding_mask); })
       .def("step", &Translator::step);
   m.class_<Translation>("Translation")
-      .def(torch::init([](const intrusive_ptr<Translator>& translator,
-                          const at::Tensor& src_tokens, int64_t beam_size, int64_t min_length,
-                          int64_t max_length, int64_t bos, int64_t pad, int64_t eos, int64_t unk,
-                          double unk_penalty, double length_penalty, bool normalize_scores,
-                          const Optional& prefix, double temperature) {
+      .def(torch::init([](const intrusive_ptr<Translator>& translator, const at::Tensor& src_tokens,
+                          int64_t beam_size, int64_t min_length, int64_t max_length, int64_t bos,
+                          int64_t pad, int64_t eos, int64_t unk, double unk_penalty,
+                          double length_penalty, bool normalize_scores, const Optional& prefix,
+                          double temperature) {
         return c10::make_intrusive<Translation>(
             translator,
             lrn::SearchOptions{beam_size, min_length, max_length, bos, pad, eos, unk, unk_penalty,

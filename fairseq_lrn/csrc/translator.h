@@ -63,7 +63,7 @@ struct DecoderLayer {
 // Sentences without their padding, one after another.
 struct Sentences {
   std::vector<int64_t> words;
-  std::vector<int64_t> places;      // of each word in the padded sentence
+  std::vector<int64_t> places;     // of each word in the padded sentence
   std::vector<int64_t> begins{0};  // of each sentence, and the end of the last
 
   int64_t count() const { return static_cast<int64_t>(begins.size()) - 1; }

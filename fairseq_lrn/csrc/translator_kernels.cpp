@@ -101,21 +101,21 @@ LRN_HD void normalize(const Norm& norm, Rows x, int64_t rows, Rows y) {
   for (int64_t row = 0; row < rows; ++row) {
     const float* input = x[row];
     float* output = y[row];
-    Floats<kLanes> sums[2] = {};
+    Floats<kLanes> total = {};
     for (int64_t i = 0; i < end; i += kLanes) {
-      sums[i / kLanes % 2] += load<kLanes>(input + i);
+      total += load<kLanes>(input + i);
     }
-    const float mean = sum<kLanes>(sums[0] + sums[1]) / size;
+    const float mean = sum<kLanes>(total) / size;
     for (int64_t i = 0; i < end; i += kLanes) {
       store(output + i, load<kLanes>(input + i) - mean);
     }
     std::fill(output + size, output + end, 0.0f);
-    Floats<kLanes> squares[2] = {};
+    Floats<kLanes> squares = {};
     for (int64_t i = 0; i < end; i += kLanes) {
       const Floats<kLanes> v = load<kLanes>(output + i);
-      squares[i / kLanes % 2] += v * v;
+      squares += v * v;
     }
-    const float scale = 1 / std::sqrt(sum<kLanes>(squares[0] + squares[1]) / size + norm.eps);
+    const float scale = 1 / std::sqrt(sum<kLanes>(squares) / size + norm.eps);
     for (int64_t i = 0; i < end; i += kLanes) {
       const Floats<kLanes> v = load<kLanes>(output + i) * scale;
       store(output + i, v * load<kLanes>(norm.weight + i) + load<kLanes>(norm.bias + i));
@@ -206,6 +206,34 @@ LRN_HD void cell_sequence(const Cell& cell, Rows projections, int64_t steps, con
   }
 }
 
+// Replaces scores by exponentials in proportion to their softmax, zeros behind them; returns the
+// sum.
+template <int kLanes>
+LRN_HD float exponentiate(float* scores, int64_t length) {
+  typedef Floats<kLanes> V;
+  const int64_t end = round_up(length, kLanes);
+  std::fill(scores + length, scores + end, 0.0f);
+  V largest = {};
+  for (int64_t s = 0; s < end; s += kLanes) {
+    const V x = load<kLanes>(scores + s);
+    largest = max(largest, max(x, -x));
+  }
+  float shift = 0;
+  if (greater<kLanes>(largest, V{} + 60.0f) != 0) {  // they could overflow, or all vanish
+    shift = *std::max_element(scores, scores + length);
+  }
+  V total = {};
+  for (int64_t s = 0; s < end; s += kLanes) {
+    float* __restrict p = scores + s;
+    for (int i = 0; i < kLanes; ++i) {
+      const SplitExp e = split_exp(clamp(p[i] - shift, -87.0f, 60.0f));
+      p[i] = s + i < length ? e.scale * e.fraction + e.scale : 0;
+    }
+    total += load<kLanes>(p);
+  }
+  return sum<kLanes>(total);
+}
+
 // Up to kTileRows queries of one head.
 template <int kLanes, int kQueries>
 LRN_HD void attend_head(const Attention& a, const Memory& memory, int64_t first, Rows query,
@@ -230,23 +258,9 @@ LRN_HD void attend_head(const Attention& a, const Memory& memory, int64_t first,
   }
   float inverse[kQueries];
   for (int q = 0; q < kQueries; ++q) {
-    float* __restrict p = scores[q];
-    std::fill(p + length, p + stride, kNone);
-    V top = V{} + kNone;
-    for (int64_t s = 0; s < stride; s += kLanes) {
-      top = max(top, load<kLanes>(p + s));
-    }
-    const float highest = maximum<kLanes>(top);
-    for (int64_t s = 0; s < stride; ++s) {
-      p[s] = exp_of_negative(p[s] - highest);
-    }
-    std::fill(p + length, p + stride, 0.0f);
-    V total = {};
-    for (int64_t s = 0; s < stride; s += kLanes) {
-      total += load<kLanes>(p + s);
-    }
-    inverse[q] = 1 / sum<kLanes>(total);
+    inverse[q] = 1 / exponentiate<kLanes>(scores[q], length);
     if (weights != nullptr && first < a.weight_heads * a.head) {
+      const float* __restrict p = scores[q];
       const float share = inverse[q] / a.weight_heads;
       float* __restrict w = weights + q * length;
       for (int64_t s = 0; s < length; ++s) {
@@ -302,8 +316,8 @@ LRN_HD void attend_rows(const Attention& a, const Memory& memory, Rows query, in
   }
 }
 
-// What is known of a row's scores after some panels: the sum of 2^(score * log2(e) - reference), and
-// the best words in descending order. Words at or below the threshold are not among the best.
+// What is known of a row's scores after some panels: the sum of 2^(score * log2(e) - reference),
+// and the best words in descending order. Words at or below the threshold are not among the best.
 struct Best {
   float* sums;  // of each lane
   float *reference, *threshold;
@@ -454,8 +468,7 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
   }
   for (int64_t row = 0; row < rows; ++row) {
     const Best best(buffer + row * floats, width);
-    const float log_sum =
-        *best.reference * kLn2 + std::log(sum<kLanes>(load<kLanes>(best.sums)));
+    const float log_sum = *best.reference * kLn2 + std::log(sum<kLanes>(load<kLanes>(best.sums)));
     const auto write = [&](float score, int64_t word) {
       const float log_prob = score - log_sum;
       *log_probs++ = log_prob == log_prob ? log_prob : kNone;
@@ -473,34 +486,34 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
   }
 }
 
-#define ENTRIES(suffix, attribute)                                                              \
-  attribute void linear_##suffix(const PackedLinear& layer, Rows x, int64_t rows, Rows y,       \
-                                 bool add) {                                                    \
-    linear<kLanes_##suffix>(layer, x, rows, y, add);                                            \
-  }                                                                                             \
-  attribute void normalize_##suffix(const Norm& norm, Rows x, int64_t rows, Rows y) {           \
-    normalize<kLanes_##suffix>(norm, x, rows, y);                                               \
-  }                                                                                             \
-  attribute void activate_##suffix(Activation activation, Rows x, int64_t rows, int64_t size) { \
-    activate_rows(activation, x, rows, size);                                                   \
-  }                                                                                             \
-  attribute void cell_step_##suffix(const Cell& cell, Rows projections, int64_t rows,           \
-                                    const float* const* states, Rows next) {                    \
-    cell_rows(cell, projections, rows, states, next);                                           \
-  }                                                                                             \
-  attribute void cell_scan_##suffix(const Cell& cell, Rows projections, int64_t steps,          \
-                                    const float* zeros, Rows output) {                          \
-    cell_sequence(cell, projections, steps, zeros, output);                                     \
-  }                                                                                             \
-  attribute void attend_##suffix(const Attention& a, const Memory& memory, Rows query,          \
-                                 int64_t rows, Rows output, float* weights) {                   \
-    attend_rows<kLanes_##suffix>(a, memory, query, rows, output, weights);                      \
-  }                                                                                             \
-  attribute void best_words_##suffix(const PackedLinear& projection, Rows features,             \
-                                     int64_t rows, const WordChoice& choice, float* buffer,     \
-                                     float* log_probs, int64_t* words) {                        \
-    best_words_rows<kLanes_##suffix>(projection, features, rows, choice, buffer, log_probs,     \
-                                     words);                                                    \
+#define ENTRIES(suffix, attribute)                                                                \
+  attribute void linear_##suffix(const PackedLinear& layer, Rows x, int64_t rows, Rows y,         \
+                                 bool add) {                                                      \
+    linear<kLanes_##suffix>(layer, x, rows, y, add);                                              \
+  }                                                                                               \
+  attribute void normalize_##suffix(const Norm& norm, Rows x, int64_t rows, Rows y) {             \
+    normalize<kLanes_##suffix>(norm, x, rows, y);                                                 \
+  }                                                                                               \
+  attribute void activate_##suffix(Activation activation, Rows x, int64_t rows, int64_t size) {   \
+    activate_rows(activation, x, rows, size);                                                     \
+  }                                                                                               \
+  attribute void cell_step_##suffix(const Cell& cell, Rows projections, int64_t rows,             \
+                                    const float* const* states, Rows next) {                      \
+    cell_rows(cell, projections, rows, states, next);                                             \
+  }                                                                                               \
+  attribute void cell_scan_##suffix(const Cell& cell, Rows projections, int64_t steps,            \
+                                    const float* zeros, Rows output) {                            \
+    cell_sequence(cell, projections, steps, zeros, output);                                       \
+  }                                                                                               \
+  attribute void attend_##suffix(const Attention& a, const Memory& memory, Rows query,            \
+                                 int64_t rows, Rows output, float* weights) {                     \
+    attend_rows<kLanes_##suffix>(a, memory, query, rows, output, weights);                        \
+  }                                                                                               \
+  attribute void best_words_##suffix(const PackedLinear& projection, Rows features, int64_t rows, \
+                                     const WordChoice& choice, float* buffer, float* log_probs,   \
+                                     int64_t* words) {                                            \
+    best_words_rows<kLanes_##suffix>(projection, features, rows, choice, buffer, log_probs,       \
+                                     words);                                                      \
   }
 LRN_EACH_ISA(ENTRIES)
 

@@ -1,4 +1,5 @@
-// What a translator computes, on rows of floats. Each function is compiled once per instruction set.
+// What a translator computes, on rows of floats. Each function is compiled once per instruction
+// set.
 //
 // Features are padded with zeros to whole vectors, and rows begin at multiples of kPanel floats. A
 // row's results do not depend on what other rows there are: its sums have one order.
@@ -57,8 +58,8 @@ struct Cell {
 void cell_step(const Cell& cell, Rows projections, int64_t rows, const float* const* states,
                Rows next);
 
-// All states of one sentence, in both directions; projections and output are forward | backward, and
-// the first states zeros.
+// All states of one sentence, in both directions; projections and output are forward | backward,
+// and the first states zeros.
 void cell_scan(const Cell& cell, Rows projections, int64_t steps, const float* zeros, Rows output);
 
 // The keys (heads * head, length) and values (length, heads * head) of a sentence. A feature's keys

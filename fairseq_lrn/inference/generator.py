@@ -9,7 +9,6 @@ from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithA
 from torch import Tensor
 
 from ..models.deepnmt import DeepNMTModel
-from ..models.encoder_decoder import EncoderDecoderModel
 from ..models.lrn import LRNModel
 from ..ops import log_softmax_topk
 from ..ops._library import loaded
@@ -21,11 +20,11 @@ Hypothesis = Dict[str, Tensor]
 class BeamSearchGenerator(SequenceGenerator):
     """fairseq's generator, with a shorter way to the same hypotheses for one model of this package.
 
-    The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses are
-    read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are native
-    too. Otherwise the model's own modules make them, on any device. Ensembles, other models, adaptive softmax,
-    sampling and other searches, constraints, a language model, and n-grams that may not repeat use fairseq's own
-    search.
+    The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses
+    are read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are
+    native too. Otherwise the model's own modules make them, on any device. Ensembles, other models, adaptive
+    softmax, sampling and other searches, constraints, a language model, and n-grams that may not repeat use
+    fairseq's own search.
     """
 
     def __init__(self, models, tgt_dict, **kwargs):

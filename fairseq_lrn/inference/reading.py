@@ -50,7 +50,7 @@ CHILDREN: Dict[type, Dict[str, Tuple[type, ...]]] = {
         **dict.fromkeys(("k_proj", "v_proj", "q_proj", "out_proj"), _LINEAR),
         "dropout_module": _DROPOUT,
     },
-    **dict.fromkeys((nn.Linear, nn.LayerNorm, nn.Embedding, LRN, Dropout, WordDropout), {}),
+    **{kind: {} for kind in (nn.Linear, nn.LayerNorm, nn.Embedding, LRN, Dropout, WordDropout)},
 }
 LAYERS = {LRNEncoder: LRNEncoderLayer, LRNDecoder: LRNDecoderLayer}
 SETTINGS: Dict[type, Tuple[str, ...]] = {
@@ -65,7 +65,6 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     WordDropout: ("apply_during_inference",),
 }
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
-_OWN = ("training", "_forward_hooks", "_forward_pre_hooks")
 
 
 class Unknown(Exception):
@@ -75,34 +74,32 @@ class Unknown(Exception):
 class Snapshot:
     """What a model's results follow from, but for the weights' values: compared before each use.
 
-    It sees modules, hooks, parameters and settings that come, go or are replaced, by few calls: a sentence may
-    take less than a millisecond.
+    It sees modules, hooks, parameters and settings that come, go or are replaced. It makes few calls, since a
+    sentence may take less than a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        found = list(model.modules())
-        self.states = list(map(vars, found))
-        self.found = found
-        self.children = [module._modules for module in found if module._modules]
-        self.parameters = [module._parameters for module in found if module._parameters]
-        self.hooks = [hooks for module in found for hooks in (module._forward_hooks, module._forward_pre_hooks)]
-        self.hooks += _GLOBAL_HOOKS
-        names = [("training", *SETTINGS.get(type(module), ())) for module in found]
-        names = [(*some, "forward") if "forward" in state else some for some, state in zip(names, self.states)]
-        names = [tuple(name for name in some if name in state) for some, state in zip(names, self.states)]
-        self.getters = [operator.itemgetter(*some) for some in names]
-        self.kept = list(self._parts())  # so that no other object gets their ids
+        self.modules = list(model.modules())
+        self.states = list(map(vars, self.modules))
+        self.owners, self.hooks, self.getters = [], list(_GLOBAL_HOOKS), []
+        for module, state in zip(self.modules, self.states):
+            self.owners += [module._modules, module._parameters]
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
+            names = ("training", "forward", *SETTINGS.get(type(module), ()))
+            self.getters.append(operator.itemgetter(*(name for name in names if name in state)))
+        self.owners = list(filter(None, self.owners))
+        self.owned = list(self._owned())  # kept, so that no other object gets their ids
         self.was = self._now()
 
-    def _parts(self) -> Iterator[Any]:
-        return itertools.chain.from_iterable(map(dict.values, self.children + self.parameters))
+    def _owned(self) -> Iterator[Any]:
+        return itertools.chain.from_iterable(map(dict.values, self.owners))
 
     def _now(self) -> List[List[Any]]:
         return [
-            list(map(type, self.found)),
+            list(map(type, self.modules)),
             list(map(len, self.states)),
             list(map(len, self.hooks)),
-            list(map(id, self._parts())),
+            list(map(id, self._owned())),
             [get(state) for get, state in zip(self.getters, self.states)],
         ]
 

@@ -18,9 +18,9 @@ _SECONDS = 0.2  # after which Python may handle a signal
 class Translator:
     """Translates as a model ``lrn`` does, with its weights packed for the CPU.
 
-    Weights are packed when they are first needed, and again where modules, parameters or settings were replaced
-    since, after the model's ``train()``, ``eval()`` and ``load_state_dict()``, and after :meth:`refresh`. What
-    is not exactly known is left to the model; the log says why.
+    Weights are packed when they are first needed. They are packed again where modules, parameters or settings
+    were replaced since, after the model's ``train()``, ``eval()`` and ``load_state_dict()``, and after
+    :meth:`refresh`. A model that is not exactly known translates with its own modules; the log says why.
 
     Args:
         model: any fairseq model
@@ -82,7 +82,7 @@ class Translator:
 
         Returns:
             of B sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
-            first; of all their words, one hypothesis after the other, the ids, log-probabilities and attention,
+            first; of all their words, one hypothesis after the other, the ids, log-probabilities and attention
             (words, S)
         """
         search = torch.classes.fairseq_lrn.Translation(native, src_tokens, *arguments)

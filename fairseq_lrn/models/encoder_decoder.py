@@ -149,6 +149,13 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
     def complete(cls, cfg) -> None:
         """Set the options that follow from others."""
 
+    @classmethod
+    def from_pretrained(cls, model_name_or_path, checkpoint_file="model.pt", data_name_or_path=".", **kwargs):
+        """As fairseq's; the interface translates with the task ``lrn_translation`` unless one is given."""
+        from ..tasks.hub import from_pretrained
+
+        return from_pretrained(cls, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
+
     def forward(
         self,
         src_tokens: Tensor,

@@ -206,7 +206,7 @@ class LRN(nn.Module):
 
         Raises:
             ValueError: a shape or device is wrong; the message names the argument.
-            TypeError: a dtype is wrong; the message names the argument.
+            TypeError: an argument is no tensor, or a dtype is wrong; the message names the argument.
         """
         if not torch.jit.is_scripting():
             for name, value in (("hx", hx), ("padding_mask", padding_mask)):

@@ -107,7 +107,6 @@ def test_interactive_prints_the_same(run, data, checkpoint, test_sentences, opti
         assert hub.translate(lines, beam=3, max_len_b=20) == [words for _, words in printed[1]]
 
 
-@pytest.mark.xfail(strict=True, reason="fairseq does not find the task, which the models do not import")
 def test_hub_interface_of_a_model_trained_with_the_task(run, data, checkpoint, tmp_path):
     """In a program that imports the model alone, as README.md has it."""
     (tmp_path / "program.py").write_text(
