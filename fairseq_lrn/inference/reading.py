@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 import types
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import torch
 import torch.nn as nn
@@ -39,7 +39,7 @@ _BLOCK = {
     "ffn": (FeedForward,),
 }
 # Of each module that the translator knows: the modules inside it, and the attributes that count.
-CHILDREN: Dict[type, Dict[str, Tuple[type, ...]]] = {
+CHILDREN: Dict[type, Mapping[str, Tuple[type, ...]]] = {
     LRNModel: {"encoder": (LRNEncoder,), "decoder": (LRNDecoder,)},
     LRNEncoder: _ENDS,
     LRNDecoder: {**_ENDS, "output_projection": _LINEAR},

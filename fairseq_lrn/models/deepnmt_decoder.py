@@ -63,6 +63,7 @@ class DeepNMTDecoder(Decoder):
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
         refuse_full_context(full_context_alignment)
+        assert encoder_out is not None
         memory = encoder_out["encoder_out"][0]
         memory_mask = next(iter(encoder_out["encoder_padding_mask"]), None)
         saved, padding_mask = None, None

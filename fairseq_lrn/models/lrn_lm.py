@@ -180,7 +180,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
             if saved is not None:
                 states = saved["states"]
         else:
-            padding_mask = find_padding(prev_output_tokens, self.embed_tokens.padding_idx)
+            padding_mask = find_padding(prev_output_tokens, self.embed_tokens.padding_idx)  # type: ignore[arg-type]
         if block is not None:
             states = self.carried[self.training].get(block)
             if states is not None:

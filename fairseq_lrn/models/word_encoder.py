@@ -1,7 +1,7 @@
 """Words, their characters and recurrent layers: the encoder of the models that read without writing."""
 
 from dataclasses import dataclass, field
-from typing import Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -107,7 +107,7 @@ def load_vectors(path: str, dictionary: Dictionary, embedding: nn.Embedding) -> 
     Raises:
         ValueError: a vector is narrower than C, or there is none of width C for any of the words
     """
-    wanted = {}
+    wanted: Dict[str, List[int]] = {}
     for index in range(dictionary.nspecial, len(dictionary)):
         word = dictionary[index]
         wanted.setdefault(word, []).append(index)

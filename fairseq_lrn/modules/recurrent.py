@@ -157,8 +157,7 @@ class Unrolled(nn.Module):
         """As :meth:`LRN.forward` on (T, B, C), but zeros at padding: output (T, B, D·H), last states."""
         if not torch.jit.is_scripting():
             first = self.cells[0]
-            state = (len(self.cells), first.state_size)
-            _check(input, hx, first.input_size, state, next(self.parameters()))
+            _check(input, hx, first.input_size, (len(self.cells), first.state_size), next(self.parameters()))
         if padding_mask is not None:
             input = zero_padding(input, padding_mask)
         outputs: List[Tensor] = []
@@ -249,7 +248,9 @@ class Native(nn.Module):
             0, (lengths - 1 - torch.arange(steps, device=input.device).unsqueeze(1)) % steps
         )
         last = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, size)
-        weights = self.rnn._flat_weights if torch.jit.is_scripting() else self._weights()
+        weights: List[Tensor] = (
+            self.rnn._flat_weights if torch.jit.is_scripting() else self._weights()  # type: ignore[assignment]
+        )
         outputs: List[Tensor] = []
         states: List[Tensor] = []
         for i in range(len(weights) // 4):
