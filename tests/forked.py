@@ -1,6 +1,7 @@
 """A script in a fork of a process that has imported fairseq: importing takes most of a command's time."""
 
 import logging
+import multiprocessing.util
 import os
 import runpy
 import signal
@@ -57,6 +58,7 @@ def call(words: List[str], cwd: Path, log: Path, env: Dict[str, str], lock: Opti
             status = 1
             try:
                 signal.signal(signal.SIGTERM, signal.SIG_DFL)
+                multiprocessing.set_start_method("fork", force=True)  # Python's own where nothing is said
                 os.chdir(cwd)
                 os.environ.clear()
                 os.environ.update(env)
@@ -71,6 +73,7 @@ def call(words: List[str], cwd: Path, log: Path, env: Dict[str, str], lock: Opti
             finally:
                 sys.stdout.flush()
                 sys.stderr.flush()
+                multiprocessing.util._exit_function()  # ends workers that load data, as an end of Python does
                 os._exit(status)
         try:
             _, ended = os.waitpid(child, 0)

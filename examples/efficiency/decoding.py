@@ -2,7 +2,7 @@
 
     python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
 
-WORK is what a recipe of examples/translation wrote. RUN is the folder of a training in it, or RUN:TASK to
+WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
 translate with another task than `translation`. The runs take turns; each measurement is a process of its own.
 """
 
@@ -40,7 +40,7 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
         SystemExit: the run has no checkpoint, or fairseq-generate fails
     """
     folder, _, task = run.partition(":")
-    checkpoint = work / folder / "checkpoint_average10.pt"
+    checkpoint = work / "runs" / folder / "checkpoint_average10.pt"
     if not checkpoint.exists():
         checkpoint = checkpoint.with_name("checkpoint_best.pt")
     if not checkpoint.exists():
@@ -70,7 +70,8 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
 
     lines = (line[2:].split("\t", 2) for line in output.split("\n") if line.startswith("D-"))
     translations = {int(number): text for number, _, text in lines}
-    references = (work / "raw" / f"test.{target}").read_text(encoding="utf-8").split("\n")[:-1]
+    with open(work / "text" / f"test.{target}", encoding="utf-8", newline="\n") as file:
+        references = [line.rstrip("\n") for line in file]
     if batch_size > 1 and len(translations) != len(references):
         sys.exit(f"{run}: {len(translations)} translations of {len(references)} sentences")
     numbers = sorted(translations)
@@ -138,7 +139,7 @@ def main() -> None:
     """Read the command line, let each run translate in its turn, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, metavar="WORK", help="folder that a translation recipe wrote")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder in WORK, or RUN:TASK")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run in WORK, or RUN:TASK")
     parser.add_argument("--beam", type=int, nargs="+", default=[5, 1])
     parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 128])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
