@@ -2,11 +2,13 @@
 
 import importlib.util
 import os
+import shutil
 import subprocess
 import sys
 from glob import glob
 
-from setuptools import find_packages, setup
+from setuptools import setup
+from setuptools.command.build_py import build_py
 
 try:
     import torch
@@ -30,6 +32,14 @@ class OptionalBuild(BuildExtension):
                 + "\n(FAIRSEQ_LRN_CUDA=0 compiles those for the CPU alone)" * cuda,
                 file=sys.stderr,
             )
+
+
+class FreshBuild(build_py):
+    """Installs the modules of this tree, not also those of older trees, which build/lib* keeps."""
+
+    def run(self):
+        shutil.rmtree(os.path.join(self.build_lib, "fairseq_lrn"), ignore_errors=True)
+        super().run()
 
 
 def build_cuda():
@@ -57,7 +67,9 @@ def build_cuda():
 
 requirements = ["torch>=2.4", "numpy", "sacrebleu", "sentencepiece"]
 # Two distributions provide the package `fairseq`; one that is there, whatever its name, is kept.
-if importlib.util.find_spec("fairseq") is None:
+# A folder that merely has that name, such as a clone of fairseq's repository, has no origin.
+fairseq = importlib.util.find_spec("fairseq")
+if fairseq is None or fairseq.origin is None:
     requirements.append("fairseq-fixed==0.12.3.1" if sys.version_info >= (3, 11) else "fairseq==0.12.2")
 
 compile_args = ["-O3", "-g0", "-ffp-contract=fast", "-fno-trapping-math"]
@@ -69,15 +81,7 @@ if sys.platform == "linux":
 
 cuda = build_cuda()
 setup(
-    name="fairseq-lrn",
-    version="0.1.0",
-    description="Lightweight Recurrent Network (Zhang and Sennrich, ACL 2019) as a fairseq plugin",
-    author="The fairseq-lrn authors",
-    license="MIT",
-    python_requires=">=3.8",
     install_requires=requirements,
-    extras_require={"tagging": ["pytorch-crf", "seqeval"]},
-    packages=find_packages(include=["fairseq_lrn", "fairseq_lrn.*"]),
     ext_modules=[
         (CUDAExtension if cuda else CppExtension)(
             "fairseq_lrn._C",
@@ -88,5 +92,5 @@ setup(
             py_limited_api=True,
         )
     ],
-    cmdclass={"build_ext": OptionalBuild},
+    cmdclass={"build_ext": OptionalBuild, "build_py": FreshBuild},
 )

@@ -3,6 +3,8 @@
 Needs nothing but Python's standard library.
 """
 
+import argparse
+import fcntl
 import hashlib
 import os
 import re
@@ -12,30 +14,18 @@ import subprocess
 import sys
 import time
 from collections import deque
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Deque, Iterable, Sequence, Union
+from typing import Callable, Deque, Iterable, Iterator, Sequence, Union
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fairseq_lrn"
 CONSTRAINTS = ROOT / "constraints.txt"
 VENV = ROOT / ".venv"
 PYTHON = VENV / "bin" / "python"
+STAMP = VENV / "fairseq_lrn.stamp"
 LOGS = ROOT / "build" / "environment"
 BUILD_TOOLS = ("torch", "numpy", "cython", "setuptools", "setuptools-scm", "wheel", "ninja")
-OTHERS = (
-    "babel",
-    "hypothesis",
-    "matplotlib",
-    "pytest",
-    "pytest-xdist",
-    "pytorch-crf",
-    "ruff",
-    "sacrebleu",
-    "sacremoses",
-    "sentencepiece",
-    "seqeval",
-    "tensorboardX",
-)
 
 
 class Failed(Exception):
@@ -85,7 +75,7 @@ def attempt(title: str, work: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.exit(f"\nInterrupted in step '{title}'; the same command goes on from there.")
     except Exception as error:
-        sys.exit(f"\nStep '{title}' failed: {error if isinstance(error, Failed) else repr(error)}")
+        sys.exit(f"\nStep '{title}' failed: {error if isinstance(error, (Failed, OSError)) else repr(error)}")
     print(f"== {title}: done in {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -115,37 +105,75 @@ def step(
     if done.exists() and done.read_text() == key:
         print(f"\n== {title}: done before, in {result}", flush=True)
         return
-    if not (resumes and begun.exists() and begun.read_text() == key):
-        shutil.rmtree(result, ignore_errors=True)
-        result.mkdir(parents=True)
-        begun.write_text(key)
-    attempt(title, work)
+
+    def begin() -> None:
+        if not (resumes and begun.exists() and begun.read_text() == key):
+            shutil.rmtree(result, ignore_errors=True)
+            result.mkdir(parents=True)
+            begun.write_text(key)
+        work()
+
+    attempt(title, begin)
     begun.replace(done)
 
 
-def enter() -> None:
-    """Complete the environment where it is not what this tree needs, and run the script again inside it.
-
-    A ``.venv`` of the user's own is added to, not replaced.
-    """
-    stamp = VENV / "fairseq_lrn.stamp"
-    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(PACKAGE.glob("csrc/*"))]
-    home, key = str(ROOT), digest([Path(__file__), CONSTRAINTS, *sources])
-    made = stamp.read_text().split("\n") if stamp.exists() else []
-    if not (made == [home, key] and PYTHON.exists() and any(PACKAGE.glob("_C.*"))):
+@contextmanager
+def alone(name: str) -> Iterator[None]:
+    """Wait until no other process is in this block; exit where ``LOGS`` cannot be written."""
+    path = LOGS / f"{name}.lock"
+    try:
         LOGS.mkdir(parents=True, exist_ok=True)
-        if made[:1] != [home] or not PYTHON.exists():
-            # One that was made for another folder still points there.
-            command = [sys.executable, "-m", "venv", *(["--clear"] if made else []), VENV]
-            attempt("Make a virtual environment", lambda: run(command, LOGS / "venv.log"))
-        pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--constraint", CONSTRAINTS]
-        show = r"^\s*(Collecting|Downloading|Building|Installing|Successfully|ERROR).*"
-        tools = [*pip, *BUILD_TOOLS]
-        attempt("Install PyTorch and build tools", lambda: run(tools, LOGS / "tools.log", show))
-        # Without isolation: fairseq's build would otherwise download a PyTorch of its own.
-        rest = [*pip, "--no-build-isolation", *OTHERS, "--editable", ROOT]
-        title = "Install fairseq, this project and the rest; compiling takes some minutes"
-        attempt(title, lambda: run(rest, LOGS / "rest.log", show))
-        stamp.write_text(f"{home}\n{key}")
+        lock = path.open("w")
+    except OSError as error:
+        sys.exit(f"{path} cannot be written: {error}")
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"Another process is at work here; waiting for it to end ({path})", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def enter(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """Return the script's arguments, inside the environment: where it runs outside, it is run again.
+
+    The environment is completed where it is not what this tree needs. A ``.venv`` of the user's own is added
+    to, not replaced.
+    """
+    arguments = parser.parse_args()
+    if sys.version_info < (3, 11):
+        sys.exit(f"{parser.prog} needs Python 3.11 or later, but this is {sys.version.split()[0]}")
+    sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(PACKAGE.glob("csrc/*"))]
+    key = digest([Path(__file__), CONSTRAINTS, *sources])
+    if not complete(key):
+        with alone("environment"):
+            if not complete(key):  # what the other process may have seen to
+                install(key)
     if not os.path.samefile(sys.prefix, VENV):
         os.execv(PYTHON, [str(PYTHON), *sys.argv])
+    return arguments
+
+
+def complete(key: str) -> bool:
+    """Whether the environment is there, made for this folder from what ``key`` stands for."""
+    made = STAMP.read_text().split("\n") if STAMP.exists() else []
+    return made == [str(ROOT), key] and PYTHON.exists() and any(PACKAGE.glob("_C.*"))
+
+
+def install(key: str) -> None:
+    """Make the environment, or complete it."""
+    made = STAMP.read_text().split("\n") if STAMP.exists() else []
+    if made[:1] != [str(ROOT)] or not PYTHON.exists():
+        # One that was made for another folder still points there.
+        command = [sys.executable, "-m", "venv", *(["--clear"] if made else []), VENV]
+        attempt("Make a virtual environment", lambda: run(command, LOGS / "venv.log"))
+    pip = [PYTHON, "-m", "pip", "install", "--disable-pip-version-check", "--constraint", CONSTRAINTS]
+    show = r"^\s*(Collecting|Downloading|Building|Installing|Successfully|ERROR).*"
+    tools = [*pip, *BUILD_TOOLS]
+    attempt("Install PyTorch and build tools", lambda: run(tools, LOGS / "tools.log", show))
+    # Without isolation: fairseq's build would otherwise download a PyTorch of its own.
+    rest = [*pip, "--no-build-isolation", "--editable", f"{ROOT}[tagging,plot,dev]"]
+    title = "Install fairseq, this project and the rest; compiling takes some minutes"
+    attempt(title, lambda: run(rest, LOGS / "rest.log", show))
+    STAMP.write_text(f"{ROOT}\n{key}")

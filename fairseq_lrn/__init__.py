@@ -1,23 +1,27 @@
-"""Lightweight Recurrent Network (Zhang and Sennrich, ACL 2019) as a fairseq plugin."""
+"""Lightweight Recurrent Network (Zhang and Sennrich, ACL 2019) as a fairseq plugin.
 
-import argparse
-import codecs
-import types
+Importing this package changes nothing and loads nothing else. Importing ``fairseq_lrn.models`` and
+``fairseq_lrn.tasks`` registers them with fairseq.
+"""
 
-import numpy as np
-import torch
+import os
+import sys
 
-# fairseq's checkpoints hold an argparse.Namespace and, with --eval-bleu, arrays of counts; allowing them
-# keeps weights_only=True's protection.
-_counts = np.zeros(1, dtype=np.int64)
-_rebuild = _counts.__reduce__()[0]
-torch.serialization.add_safe_globals(
-    [argparse.Namespace, codecs.encode, np.ndarray, np.dtype, type(_counts.dtype), _rebuild]
-)
-if torch.__version__ >= "2.6":  # which can be told that NumPy 1 and 2 have two names for one function
-    torch.serialization.add_safe_globals(
-        [(_rebuild, f"numpy.{core}.multiarray._reconstruct") for core in ("core", "_core")]
-    )
+__version__ = "0.1.0"
 
-if not hasattr(np, "compat"):  # fairseq's TokenBlockDataset reads it, and NumPy 2 has it no more
-    np.compat = types.SimpleNamespace(long=int)
+
+class _Folders(list):
+    """The package's ``__path__``, which registers models and tasks when fairseq finds ``--user-dir`` in it.
+
+    fairseq imports models and tasks of a package that it imports itself. A package that a program imported
+    before, it only looks up here, and says "has already been imported".
+    """
+
+    def __contains__(self, folder: object) -> bool:
+        here = isinstance(folder, str) and os.path.realpath(folder) in map(os.path.realpath, self)
+        if here and "fairseq" in sys.modules:
+            from . import models, tasks  # noqa: F401
+        return here
+
+
+__path__ = _Folders(__path__)

@@ -1,11 +1,15 @@
 """Small dictionaries and batches for the models' tests."""
 
+import subprocess
+import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 from fairseq.data import Dictionary
 
+ROOT = Path(__file__).resolve().parent.parent
 DEVICES = [
     "cpu",
     pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")),
@@ -37,12 +41,12 @@ def task(source=None, target=None):
     return types.SimpleNamespace(source_dictionary=source, target_dictionary=target or source)
 
 
-def sentences(lengths, pad, left=False, seed=1):
+def sentences(lengths, pad, left=False, seed=1, vocabulary=54):
     """Random token ids (B, max(lengths)), each sentence ending with </s> (2), padded on one side."""
     generator = torch.Generator().manual_seed(seed)
     batch = torch.full((len(lengths), max(lengths)), pad)
     for row, n in zip(batch, lengths):
-        words = torch.cat([torch.randint(4, 54, (n - 1,), generator=generator), torch.tensor([2])])
+        words = torch.cat([torch.randint(4, vocabulary, (n - 1,), generator=generator), torch.tensor([2])])
         row[len(row) - n :] = words if left else row[len(row) - n :]
         if not left:
             row[:n] = words
@@ -107,3 +111,19 @@ def assert_beams_share_their_sentence(model):
         torch.testing.assert_close(extra["attn"][0][:, 0], whole_extra["attn"][0][:, -1], rtol=0, atol=1e-5)
         prefix = torch.cat([prefix, 4 + torch.arange(len(order), device=device)[:, None] + step], 1)
     assert sizes == [4, 4, 2, 2, 2, 4, 3]
+
+
+def run_without_the_package(folder, program):
+    """Run it where only PyTorch and the operators' library are; it reads what it needs from the folder."""
+    (library,) = (ROOT / "fairseq_lrn").glob("_C*.so")
+    start = f"import sys, torch\ntorch.ops.load_library({str(library)!r})\n"
+    end = '\nassert not [name for name in sys.modules if name.startswith("fairseq")]\n'
+    (folder / "program.py").write_text(start + program + end)
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "program.py"],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert done.returncode == 0, done.stdout

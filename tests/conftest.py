@@ -3,10 +3,11 @@
 import multiprocessing
 import os
 import socket
-import subprocess
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"  # the workers share the cores
 
 import pytest
 import torch
@@ -19,16 +20,36 @@ os.environ["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), os.envir
 import forked  # noqa: E402
 
 torch.backends.cudnn.allow_tf32 = False  # its LSTM and GRU would round what they multiply to 10 bits
+torch.set_num_threads(1)
+
+# These first, so that at the end no worker is left with a long one.
+LONGEST = [
+    "models/test_parity.py",
+    "examples/test_translation.py",
+    "tasks/test_translation.py",
+    "examples/test_efficiency.py",
+    "models/test_lrn_reader.py",
+    "test_packaging.py",
+]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--all", action="store_true", help="also check fairseq's own models beside lrn")
+
+
+def pytest_collection_modifyitems(items):
+    ranks = {ROOT / "tests" / name: rank for rank, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: ranks.get(item.path, len(ranks)))
 
 
 @pytest.fixture(scope="session")
 def start(tmp_path_factory):
     """Start one of fairseq's commands as a user would, on the CPU; returns the process, with its output."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(forked.IMPORTED)
+    context.set_forkserver_preload(["warm"])
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("OMP_NUM_THREADS", "1")
         patch.setenv("PYTHONWARNINGS", "ignore")
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]))
         forkserver.ensure_running()
 
     def command(*words, input="", before=""):
@@ -126,18 +147,17 @@ def data(run, corpus, tmp_path_factory):
 
 
 @pytest.fixture(params=["default", "avx2", "avx512"])
-def rerun_on_instruction_set(request):
-    """Run tests of the same file, by pytest's ``-k``, with one compiled version of the kernels.
+def instruction_set(request):
+    """Run a test with each compiled version of the CPU kernels that this machine has."""
+    import fairseq_lrn.ops  # noqa: F401  loads them
 
-    A version that the machine lacks falls back to the best it has.
-    """
-
-    def command(names):
-        subprocess.run(
-            [sys.executable, "-m", "pytest", "-qx", "-k", names, str(request.path)],
-            env={**os.environ, "FAIRSEQ_LRN_CPU_CAPABILITY": request.param},
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
-
-    return command
+    operators = torch.ops.fairseq_lrn
+    if not hasattr(operators, "set_cpu_capability"):
+        pytest.skip("the operators are not compiled")
+    before = operators.cpu_capability()
+    try:
+        operators.set_cpu_capability(request.param)
+    except ValueError as error:
+        pytest.skip(str(error))
+    yield request.param
+    operators.set_cpu_capability(before)

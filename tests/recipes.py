@@ -16,9 +16,8 @@ import os, sys
 sys.path[:0] = [{str(EXAMPLES)!r}, {str(ROOT / "tests")!r}]
 os.chdir({{folder!r}})
 os.environ.update({{variables!r}})
-import forked
-import recipe.work
-recipe.work.call = forked.call
+import forked, subprocess
+subprocess.Popen = forked.Popen
 """
 
 

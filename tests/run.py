@@ -1,5 +1,9 @@
-"""Check the style and run the tests in the project's environment: python3 tests/run.py [PYTEST'S OPTIONS]."""
+"""Make the project's environment, check the style and run the tests: python3 tests/run.py.
 
+To run some tests only, name their files, or put pytest's options after --: python3 tests/run.py -- -k scan.
+"""
+
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -7,14 +11,40 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "examples"))
 
-from environment import LOGS, PYTHON, attempt, enter, run  # noqa: E402
+from environment import LOGS, PYTHON, alone, attempt, enter, run  # noqa: E402
+
+
+def check_style() -> None:
+    """Exit where a file is not formatted, or a tool finds a fault."""
+    folders = (ROOT / "fairseq_lrn" / "csrc", ROOT / "tests" / "csrc")
+    sources = [
+        p for folder in folders for p in folder.rglob("*") if p.suffix in (".cpp", ".cu", ".cuh", ".h")
+    ]
+    for title, command in (
+        ("Lint", ["ruff", "check", "."]),
+        ("Formatting", ["ruff", "format", "--check", "."]),
+        ("Formatting of C++", ["clang-format", "--dry-run", "--Werror", *sources]),
+        ("Types", ["mypy"]),
+    ):
+        log = LOGS / f"{title.lower().replace(' ', '-')}.log"
+        attempt(title, lambda command=command, log=log: run(command, log))
+
 
 if __name__ == "__main__":
-    enter()
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--all", action="store_true", help="also check fairseq's own models beside lrn")
+    parser.add_argument("--style", action="store_true", help="check the style only")
+    parser.add_argument("pytest", nargs="*", help="files of tests, or pytest's options after --")
+    arguments = enter(parser)
     os.chdir(ROOT)
-    attempt("Lint", lambda: run(["ruff", "check", "."], LOGS / "lint.log"))
-    attempt("Formatting", lambda: run(["ruff", "format", "--check", "."], LOGS / "format.log"))
+    with alone("style"):
+        check_style()
+    if arguments.style:
+        sys.exit()
     print("\n== Tests", flush=True)
-    # a file's tests share what they have trained, so they stay together
-    workers = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile"]
-    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *workers, *sys.argv[1:]])
+    # A file's tests share what they have trained, so they stay together; conftest.py has their order.
+    options = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
+    options += ["--durations", "10", *(["--all"] if arguments.all else [])]
+    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *options, *arguments.pytest])

@@ -18,6 +18,8 @@ from fairseq_lrn.models import LRNModel
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
+MOST_TOKENS = 100  # a picture grows with the square of their number
+
 
 def unroll(projections: Tensor, states: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
     """Unroll the recurrence of one sentence: what each state still holds of each value.
@@ -58,7 +60,7 @@ def look(
         that runs forward over the tokens of ``side``
 
     Raises:
-        ValueError: the recurrence is neither LRN nor oLRN
+        ValueError: the recurrence is neither LRN nor oLRN, there is no such layer, or too many tokens
     """
     # Not torch.no_grad(): with it the encoder's layers are operators, which call no hooks.
     model = hub.models[0].requires_grad_(False)
@@ -71,7 +73,9 @@ def look(
     seen = []
     hook = rnn.register_forward_hook(lambda module, inputs, outputs: seen.append((inputs[0], outputs[0])))
     source = hub.encode(sentence)
-    target = hub.generate(source)[0]["tokens"].to(source.device)
+    if len(source) > MOST_TOKENS:
+        raise ValueError(f"the sentence has {len(source)} tokens, but a picture shows at most {MOST_TOKENS}")
+    target = hub.generate(source, max_len_b=MOST_TOKENS - 1)[0]["tokens"].to(source.device)
     seen.clear()
     shifted = torch.cat([target[-1:], target[:-1]])
     _, extra = model(source[None].to(hub.device), None, shifted[None].to(hub.device))
@@ -132,6 +136,11 @@ def main() -> None:
     parser.add_argument("--side", choices=["encoder", "decoder"], default="encoder", help="whose memory")
     parser.add_argument("--layer", type=int, default=0, help="whose memory, counted from 0")
     args = parser.parse_args()
+    for path in (args.checkpoint, args.data, args.sentencepiece_model):
+        if not path.exists():
+            parser.error(f"there is no {path}")
+    if args.output.exists() and not args.output.is_dir():
+        parser.error(f"--output is {args.output}, a file, but must be a folder")
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes every logger tell all
     hub = LRNModel.from_pretrained(
         str(args.checkpoint.parent),

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Callable, Dict, List, Tuple
 
 import torch
+from arguments import output, positive
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -134,25 +135,35 @@ def table(shape: Tuple[int, int, int], by_threads: Dict[int, Dict[str, Dict[str,
     return "\n".join(rows)
 
 
+def shape(text: str) -> Tuple[int, int, int]:
+    """Read T,B,D."""
+    steps, batch, size = map(positive, text.split(","))
+    return steps, batch, size
+
+
 def main() -> None:
+    """Read the command line, measure, print the tables."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--shapes", nargs="+", metavar="T,B,D", default=["50,80,512", "25,160,512", "100,32,256"]
+        "--shapes",
+        nargs="+",
+        type=shape,
+        metavar="T,B,D",
+        default=[(50, 80, 512), (25, 160, 512), (100, 32, 256)],
     )
-    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
-    parser.add_argument("--repetitions", type=int, default=15)
+    parser.add_argument("--threads", nargs="+", type=positive, default=[1, 2])
+    parser.add_argument("--repetitions", type=positive, default=15)
     parser.add_argument(
-        "--json", type=Path, metavar="PATH", help="write every repetition's milliseconds here"
+        "--json", type=output, metavar="PATH", help="write every repetition's milliseconds here"
     )
     args = parser.parse_args()
 
     facts = environment()
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     results = []
-    for text in args.shapes:
-        steps, batch, size = (int(number) for number in text.split(","))
+    for steps, batch, size in args.shapes:
         by_threads = {}
         for threads in args.threads:
             torch.set_num_threads(threads)

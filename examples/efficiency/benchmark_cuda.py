@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import torch
+from arguments import output, positive
 from benchmark import environment
 from torch import Tensor, nn
 
@@ -394,8 +395,10 @@ def main() -> None:
     )
     parts = ("operator", "layer", "training")
     parser.add_argument("--parts", nargs="+", choices=parts, default=parts)
-    parser.add_argument("--repetitions", type=int, default=30)
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the table and the environment here")
+    parser.add_argument("--repetitions", type=positive, default=30)
+    parser.add_argument(
+        "--json", type=output, metavar="PATH", help="write the table and the environment here"
+    )
     args = parser.parse_args()
     if not hasattr(torch.ops.fairseq_lrn, "lrn_scan_backward"):
         sys.exit("the operators are not built: python setup.py build_ext --inplace")

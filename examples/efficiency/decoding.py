@@ -21,12 +21,34 @@ from typing import Dict, List, Tuple
 
 import fairseq
 import torch
+from arguments import output, picture, positive
 from sacrebleu import corpus_bleu
 from units import KEEP_MEMORY
 
 import fairseq_lrn
 
 Key = Tuple[int, int, int, str]  # threads, beam, batch size, run
+
+
+def find(work: Path, run: str) -> Tuple[Path, Path, str, str]:
+    """Return a run's checkpoint, the references of the test set and the two languages.
+
+    Raises:
+        SystemExit: something is missing
+    """
+    checkpoint = work / "runs" / run.partition(":")[0] / "checkpoint_average10.pt"
+    if not checkpoint.exists():
+        checkpoint = checkpoint.with_name("checkpoint_best.pt")
+    if not checkpoint.exists():
+        sys.exit(f"{run}: no {checkpoint}")
+    indices = sorted((work / "bin").glob("test.*-*.*.idx"))
+    if not indices:
+        sys.exit(f"no test set in {work / 'bin'}")
+    source, target = indices[0].name.split(".")[1].split("-")
+    references = work / "text" / f"test.{target}"
+    if not references.exists():
+        sys.exit(f"no references of the test set: no {references}")
+    return checkpoint, references, source, target
 
 
 def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> Dict[str, float]:
@@ -37,18 +59,10 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
         peak of the process)
 
     Raises:
-        SystemExit: the run has no checkpoint, or fairseq-generate fails
+        SystemExit: something is missing, or fairseq-generate fails
     """
-    folder, _, task = run.partition(":")
-    checkpoint = work / "runs" / folder / "checkpoint_average10.pt"
-    if not checkpoint.exists():
-        checkpoint = checkpoint.with_name("checkpoint_best.pt")
-    if not checkpoint.exists():
-        sys.exit(f"{run}: no {checkpoint}")
-    indices = sorted((work / "bin").glob("test.*-*.*.idx"))
-    if not indices:
-        sys.exit(f"no test set in {work / 'bin'}")
-    source, target = indices[0].name.split(".")[1].split("-")
+    checkpoint, path, source, target = find(work, run)
+    task = run.partition(":")[2]
     words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
     words += ["--user-dir", Path(fairseq_lrn.__file__).parent, "--task", task or "translation"]
     words += ["-s", source, "-t", target, "--path", checkpoint, "--beam", beam, "--batch-size", batch_size]
@@ -70,7 +84,7 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
 
     lines = (line[2:].split("\t", 2) for line in output.split("\n") if line.startswith("D-"))
     translations = {int(number): text for number, _, text in lines}
-    with open(work / "text" / f"test.{target}", encoding="utf-8", newline="\n") as file:
+    with open(path, encoding="utf-8", newline="\n") as file:
         references = [line.rstrip("\n") for line in file]
     if batch_size > 1 and len(translations) != len(references):
         sys.exit(f"{run}: {len(translations)} translations of {len(references)} sentences")
@@ -140,13 +154,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, metavar="WORK", help="folder that a translation recipe wrote")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run in WORK, or RUN:TASK")
-    parser.add_argument("--beam", type=int, nargs="+", default=[5, 1])
-    parser.add_argument("--batch-size", type=int, nargs="+", default=[1, 128])
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each run, of which medians are shown")
-    parser.add_argument("--json", type=Path, help="file for every measurement")
-    parser.add_argument("--plot", type=Path, help="file for a picture of BLEU against speed")
+    parser.add_argument("--beam", type=positive, nargs="+", default=[5, 1])
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 128])
+    parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
+    parser.add_argument(
+        "--rounds", type=positive, default=3, help="turns of each run, of which medians are shown"
+    )
+    parser.add_argument("--json", type=output, help="file for every measurement")
+    parser.add_argument("--plot", type=picture, help="file for a picture of BLEU against speed")
     args = parser.parse_args()
+    for run in args.runs:
+        find(args.work, run)
 
     grid = [(t, k, b) for t in args.threads for k in args.beam for b in args.batch_size]
     measured: Dict[Key, List[Dict[str, float]]] = {(*point, run): [] for point in grid for run in args.runs}

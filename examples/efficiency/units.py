@@ -20,6 +20,7 @@ from types import SimpleNamespace
 from typing import Dict, List
 
 import torch
+from arguments import output, picture, positive
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 
@@ -157,18 +158,26 @@ def plot(results: Dict[str, Dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def sizes(text: str) -> Dict[str, int]:
+    """Read sizes of a scale, as JSON."""
+    read, known = json.loads(text), SCALES["small"]
+    if not isinstance(read, dict) or read.keys() - known.keys():
+        raise argparse.ArgumentTypeError(f"{text} must be an object of {', '.join(known)}")
+    return {name: positive(str(size)) for name, size in read.items()}
+
+
 def main() -> None:
     """Read the command line, measure each unit in its turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="small", help="paper: for a GPU (default: small)")
     parser.add_argument("--model", choices=["deepnmt", "lrn"], default="deepnmt")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="turns of each unit, of which medians are shown"
+        "--rounds", type=positive, default=3, help="turns of each unit, of which medians are shown"
     )
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--json", type=Path, help="file for every measurement")
-    parser.add_argument("--plot", type=Path, help="file for a picture of the ratios")
-    parser.add_argument("--sizes", type=json.loads, default={}, help="replace sizes of the scale, as JSON")
+    parser.add_argument("--threads", type=positive, default=1)
+    parser.add_argument("--json", type=output, help="file for every measurement")
+    parser.add_argument("--plot", type=picture, help="file for a picture of the ratios")
+    parser.add_argument("--sizes", type=sizes, default={}, help="replace sizes of the scale, as JSON")
     parser.add_argument("--measure", choices=CELLS, help=argparse.SUPPRESS)
     args = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -12,8 +12,10 @@ where s is the root mean square of such gradients over the training text, which 
 streams for that, and r is s / mean(s), cut at 1 / decay. The text itself is one stream, its state carried.
 """
 
+import argparse
 import ast
 import math
+import sys
 from typing import Any, Dict, Iterator, List, Tuple
 
 import torch
@@ -40,11 +42,19 @@ def score(model, sample: Dict[str, Any]) -> Tuple[Tensor, int]:
 
 
 def gradients(model, batches, device) -> Iterator[Tuple[float, int, Tuple[Tensor, ...]]]:
-    """Yield each batch's summed loss, its number of words and the gradients of its mean loss."""
+    """Yield each batch's summed loss, its number of words and the gradients of its mean loss.
+
+    Raises:
+        FloatingPointError: a loss is no number, or too large for a perplexity
+    """
     parameters = list(model.parameters())
-    for sample in batches:
+    for number, sample in enumerate(batches, 1):
         sample = utils.move_to_cuda(sample, device) if device.type == "cuda" else sample
         loss, words = score(model, sample)
+        if not loss.item() / words < 700:
+            raise FloatingPointError(
+                f"the loss of a word in block {number} is {loss.item() / words}: the model diverged"
+            )
         yield loss.item(), words, torch.autograd.grad(loss / words, parameters, materialize_grads=True)
 
 
@@ -80,6 +90,24 @@ def evaluate(model, batches, device, learning_rate, decay, epsilon=None, roots=N
     return loss_sum, words_sum
 
 
+def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """End the program where arguments are out of range, or have no meaning here."""
+    if args.task != "truncated_bptt_lm":
+        parser.error(f"--task is {args.task}, but must be truncated_bptt_lm, which carries the state")
+    if args.path is None:
+        parser.error("--path, a checkpoint, is not given, but must be")
+    for option, value, right, bounds in (
+        ("--learning-rate", args.learning_rate, args.learning_rate >= 0, "0 or positive"),
+        ("--decay", args.decay, 0 <= args.decay <= 1, "from 0 to 1"),
+        ("--epsilon", args.epsilon, args.epsilon > 0, "positive"),
+    ):
+        if not right:
+            parser.error(f"{option} is {value}, but must be {bounds}")
+    for name in ("fp16", "bf16", "post_process", "output_word_probs", "output_word_stats"):
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name.replace('_', '-')} is given, but dynamic evaluation does not know it")
+
+
 def main() -> None:
     """Read the arguments, evaluate and print as ``fairseq-eval-lm`` does."""
     parser = options.get_eval_lm_parser(default_task="truncated_bptt_lm")
@@ -90,6 +118,7 @@ def main() -> None:
         "--epsilon", type=float, default=0.002, help="added to the root mean squares, for rms"
     )
     args = options.parse_args_and_arch(parser)
+    check(parser, args)
     cfg = convert_namespace_to_omegaconf(args)
     utils.import_user_module(cfg.common)
     task = tasks.setup_task(cfg.task)
@@ -99,6 +128,12 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() and not cfg.common.cpu else "cpu")
     model.to(device).eval()
 
+    task.load_dataset(cfg.dataset.gen_subset)
+    text = task.eval_lm_dataloader(
+        task.dataset(cfg.dataset.gen_subset),
+        num_shards=max(cfg.dataset.num_shards, cfg.distributed_training.distributed_world_size),
+        context_window=cfg.eval_lm.context_window,
+    )
     with torch.backends.cudnn.flags(enabled=False):  # cuDNN's recurrences have no backward pass in eval mode
         roots = None
         if args.update == "rms":
@@ -106,12 +141,13 @@ def main() -> None:
             streams = cfg.dataset.batch_size or 1
             batches = task.get_batch_iterator(task.dataset("train"), max_sentences=streams)
             roots = root_mean_squares(model, batches.next_epoch_itr(shuffle=False), device)
-        task.load_dataset(cfg.dataset.gen_subset)
-        batches = task.eval_lm_dataloader(task.dataset(cfg.dataset.gen_subset))
-        loss, words = evaluate(model, batches, device, args.learning_rate, args.decay, args.epsilon, roots)
+        loss, words = evaluate(model, text, device, args.learning_rate, args.decay, args.epsilon, roots)
     print(f"Evaluated {words:,} tokens")
     print(f"Loss (base 2): {loss / words / math.log(2):.4f}, Perplexity: {math.exp(loss / words):.2f}")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except FloatingPointError as error:
+        sys.exit(str(error))

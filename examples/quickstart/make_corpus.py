@@ -147,7 +147,10 @@ def build(train: int = 24000, test: int = 1000, seed: int = 1) -> Dict[str, List
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: make_corpus.py FOLDER")
     folder = Path(sys.argv[1])
+    folder.mkdir(parents=True, exist_ok=True)
     for name, pairs in build().items():
         for side, language in enumerate(("en", "de")):
             text = "".join(sentences[side] + "\n" for sentences in pairs)

@@ -4,6 +4,7 @@ Makes the project's environment and, in build/quickstart, a corpus, subwords, a 
 is complete is not made again; interrupted training goes on from its last epoch.
 """
 
+import argparse
 import os
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import List
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-from environment import CONSTRAINTS, PACKAGE, ROOT, enter, run, step  # noqa: E402
+from environment import CONSTRAINTS, PACKAGE, ROOT, alone, enter, run, step  # noqa: E402
 
 WORK = ROOT / "build" / "quickstart"
 CORPUS, SUBWORDS, DATA = WORK / "corpus", WORK / "subwords", WORK / "data"
@@ -79,8 +80,8 @@ def report() -> None:
     print(f"{1 - len(wrong) / len(triples):.1%} of {len(triples)} held-out sentences translated exactly")
 
 
-if __name__ == "__main__":
-    enter()
+def main() -> None:
+    """Do what is not done yet, and report."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model so small gains little from threads
     this, maker = Path(__file__), HERE / "make_corpus.py"
     code = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"))
@@ -92,3 +93,9 @@ if __name__ == "__main__":
     step("Train", MODEL, [this, DATA, *code], lambda: run(TRAIN, MODEL / "log", progress), resumes=True)
     step("Translate", OUTPUT, [this, DATA, MODEL], lambda: run(TRANSLATE, OUTPUT / "log", "Translated .*"))
     report()
+
+
+if __name__ == "__main__":
+    enter(argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter))
+    with alone("quickstart"):
+        main()

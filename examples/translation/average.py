@@ -7,7 +7,9 @@ from pathlib import Path
 
 import torch
 
-import fairseq_lrn  # noqa: F401  lets torch.load read fairseq's checkpoints with weights_only=True
+from fairseq_lrn import fairseq_patches
+
+fairseq_patches.apply()  # lets torch.load read fairseq's checkpoints with weights_only=True
 
 
 def average(run: Path, count: int, output: Path) -> None:

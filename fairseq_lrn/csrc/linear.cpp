@@ -7,11 +7,11 @@
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "isa.h"
+#include "library.h"
 #include "lrn.h"
 
 #if defined(LRN_AVX512)
@@ -94,9 +94,7 @@ Tensor few_rows(const Tensor& input, const Tensor& weight, const OptionalTensor&
                 int64_t rows) {
   const Tensor x = input.contiguous(), w = weight.contiguous();
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
-  auto sizes = x.sizes().vec();
-  sizes.back() = w.size(0);
-  const Tensor y = at::empty(sizes, x.options());
+  const Tensor y = at::empty({rows, w.size(0)}, x.options());
   const Arguments a{x.const_data_ptr<float>(),
                     w.const_data_ptr<float>(),
                     b ? b->const_data_ptr<float>() : nullptr,
@@ -117,40 +115,86 @@ std::optional<c10::OperatorHandle> onednn() {
   return !intel && at::globalContext().userEnabledMkldnn() ? op : std::nullopt;
 }
 
+// As it lies in memory of its own. contiguous() alone keeps any stride of an axis of one element.
+Tensor packed(const Tensor& x) {
+  const int64_t columns = x.size(-1);
+  const Tensor y = x.contiguous();
+  return x.dim() == 1 ? y.as_strided({columns}, {1}) : y.as_strided(x.sizes(), {columns, 1});
+}
+
+// oneDNN takes a matrix whose rows or columns lie next to each other and do not overlap.
+Tensor matrix(const Tensor& x) {
+  const bool rows = x.stride(1) == 1 && x.stride(0) >= x.size(1);
+  const bool columns = x.stride(0) == 1 && x.stride(1) >= x.size(0);
+  return rows || columns ? x : packed(x);
+}
+
 #endif
 
-}  // namespace
+void check(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  TORCH_CHECK(input.dim() >= 2, "linear: input must have 2 axes or more, but has ", input.dim());
+  TORCH_CHECK(weight.dim() == 2, "linear: weight must have 2 axes, but has ", weight.dim());
+  lrn::check_like("linear: weight", weight, input, input.scalar_type());
+  lrn::check_shape("linear: weight", weight, {weight.sym_size(0), input.sym_size(-1)});
+  if (bias) {
+    lrn::check_like("linear: bias", *bias, input, input.scalar_type());
+    lrn::check_shape("linear: bias", *bias, {weight.sym_size(0)});
+  }
+}
 
-Tensor lrn::linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  TORCH_CHECK(input.dim() >= 2 && weight.dim() == 2 && input.size(-1) == weight.size(1) &&
-                  (!bias || bias->numel() == weight.size(0)),
-              "linear: input, weight and bias do not fit each other");
+// The sizes of a result.
+c10::SymDimVector result_sizes(const Tensor& input, const Tensor& weight) {
+  c10::SymDimVector sizes(input.sym_sizes());
+  sizes.back() = weight.sym_size(0);
+  return sizes;
+}
+
+// Its rows as a matrix: with other than two axes there may be as many products as rows.
+Tensor flat(const Tensor& x) {
+  c10::SymInt rows = 1;
+  for (int64_t i = 0; i + 1 < x.dim(); ++i) {
+    rows = rows * x.sym_size(i);
+  }
+  return x.reshape_symint({rows, x.sym_size(-1)});
+}
+
+Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
 #if defined(LRN_AVX512)
-  const auto is_float = [](const Tensor& x) { return x.scalar_type() == at::kFloat; };
-  if (lrn::kIsa == lrn::Isa::kAvx512 && is_float(input) && is_float(weight) &&
-      (!bias || is_float(*bias)) && weight.numel() > 0) {
-    const int64_t rows = input.numel() / weight.size(1);
-    if (rows > 0 && rows <= kFewRows) {
+  const int64_t rows = input.size(0);
+  if (lrn::isa() == lrn::Isa::kAvx512 && input.scalar_type() == at::kFloat && rows > 0 &&
+      weight.numel() > 0) {
+    if (rows <= kFewRows) {
       return few_rows(input, weight, bias, rows);
     }
     const auto op = rows >= kManyRows ? onednn() : std::nullopt;
     if (op) {
-      torch::jit::Stack stack{input, weight, bias, "none", c10::List<std::optional<at::Scalar>>(),
-                              ""};
+      const OptionalTensor b = bias ? OptionalTensor(packed(*bias)) : std::nullopt;
+      torch::jit::Stack stack{
+          matrix(input), matrix(weight), b, "none", c10::List<std::optional<at::Scalar>>(), ""};
       op->callBoxed(stack);
       return stack.front().toTensor();
     }
   }
 #endif
-  // Other than two axes may become as many products as there are rows.
-  return at::linear(input.flatten(0, -2), weight, bias)
-      .unflatten(0, input.sizes().slice(0, input.dim() - 1));
+  return at::linear(input, weight, bias);
+}
+
+}  // namespace
+
+Tensor lrn::linear(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check(input, weight, bias);
+  return product(flat(input), weight, bias).view_symint(result_sizes(input, weight));
 }
 
 namespace {
 
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
+
+Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check(input, weight, bias);
+  return input.new_empty_symint(result_sizes(input, weight));
+}
 
 Tensor call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   static const auto op = c10::Dispatcher::singleton()
@@ -163,20 +207,24 @@ struct Linear : torch::autograd::Function<Linear> {
   static Tensor forward(AutogradContext* context, const Tensor& input, const Tensor& weight,
                         const OptionalTensor& bias) {
     at::AutoDispatchBelowADInplaceOrView guard;
-    context->save_for_backward({input, weight});
+    context->save_for_backward(
+        {weight.requires_grad() ? input : Tensor(), input.requires_grad() ? weight : Tensor()});
     context->saved_data["bias"] = bias.has_value();
     return call(input, weight, bias);
   }
 
+  // Written in operators that have derivatives, and rules for batches of gradients.
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     const auto saved = context->get_saved_variables();
-    const Tensor grad = grads[0].flatten(0, -2);
+    const Tensor &input = saved[0], &weight = saved[1], grad = flat(grads[0]);
     variable_list result(3);
     if (context->needs_input_grad(0)) {
-      result[0] = call(grad, saved[1].t(), std::nullopt).view_as(saved[0]);
+      c10::SymDimVector sizes(grads[0].sym_sizes());
+      sizes.back() = weight.sym_size(1);
+      result[0] = call(grad, weight.t(), std::nullopt).reshape_symint(sizes);
     }
     if (context->needs_input_grad(1)) {
-      result[1] = call(grad.t(), saved[0].flatten(0, -2).t(), std::nullopt);
+      result[1] = call(grad.t(), flat(input).t(), std::nullopt);
     }
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) {
       result[2] = grad.sum(0);
@@ -185,16 +233,41 @@ struct Linear : torch::autograd::Function<Linear> {
   }
 };
 
+// Forward derivatives and torch.func know PyTorch's operators only.
+Tensor composed(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  check(input, weight, bias);
+  return at::linear(input, weight, bias);
+}
+
 Tensor linear_autograd(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const bool dual = input._fw_grad(0).defined() || weight._fw_grad(0).defined() ||
+                    (bias && bias->_fw_grad(0).defined());
+  if (dual ||
+      c10::impl::tls_is_dispatch_key_included(c10::DispatchKey::FuncTorchDynamicLayerBackMode)) {
+    return composed(input, weight, bias);
+  }
   return Linear::apply(input, weight, bias);
+}
+
+// For autograd's own batches of gradients.
+Tensor linear_batched(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const Tensor y = flat(input).mm(weight.t()).reshape_symint(result_sizes(input, weight));
+  return bias ? y.add(*bias) : y;
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
-  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor");
+LRN_LIBRARY(m) {
+  m.def("linear(Tensor input, Tensor weight, Tensor? bias=None) -> Tensor",
+        {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) { m.impl("linear", lrn::linear); }
+LRN_LIBRARY_IMPL(CPU, m) { m.impl("linear", lrn::linear); }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, Autograd, m) { m.impl("linear", linear_autograd); }
+LRN_LIBRARY_IMPL(Meta, m) { m.impl("linear", linear_meta); }
+
+LRN_LIBRARY_IMPL(Autograd, m) { m.impl("linear", linear_autograd); }
+
+LRN_LIBRARY_IMPL(Batched, m) { m.impl("linear", linear_batched); }
+
+LRN_LIBRARY_IMPL(FuncTorchBatched, m) { m.impl("linear", composed); }

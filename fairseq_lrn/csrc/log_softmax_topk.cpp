@@ -3,7 +3,6 @@
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <functional>
@@ -12,6 +11,7 @@
 #include <vector>
 
 #include "isa.h"
+#include "library.h"
 #include "lrn.h"
 #include "lrn_cell.h"
 
@@ -114,11 +114,17 @@ LRN_HD void top_rows(const Arguments& a, int64_t begin, int64_t end) {
   }
 LRN_EACH_ISA(TOP_ROWS)
 
-std::tuple<Tensor, Tensor> top_cpu(const Tensor& scores, int64_t k, at::IntArrayRef exclude) {
+void check(const Tensor& scores, int64_t k, at::IntArrayRef exclude) {
   TORCH_CHECK(scores.dim() == 2 && scores.scalar_type() == at::kFloat,
               "log_softmax_topk: scores must be a float32 matrix");
-  TORCH_CHECK(k > 0 && k + static_cast<int64_t>(exclude.size()) <= scores.size(1),
-              "log_softmax_topk: k does not fit scores");
+  TORCH_CHECK(k > 0, "log_softmax_topk: k must be at least 1, but is ", k);
+  TORCH_SYM_CHECK(scores.sym_size(1).sym_ge(k + static_cast<int64_t>(exclude.size())),
+                  "log_softmax_topk: k and exclude must leave columns of scores, but are ", k,
+                  " and ", exclude, " of ", scores.sym_size(1));
+}
+
+std::tuple<Tensor, Tensor> top_cpu(const Tensor& scores, int64_t k, at::IntArrayRef exclude) {
+  check(scores, k, exclude);
   const Tensor input = lrn::rows_contiguous(scores);
   const Tensor values = at::empty({input.size(0), k}, input.options());
   const Tensor indices = at::empty({input.size(0), k}, input.options().dtype(at::kLong));
@@ -135,22 +141,23 @@ std::tuple<Tensor, Tensor> top_cpu(const Tensor& scores, int64_t k, at::IntArray
   return {values, indices};
 }
 
-std::tuple<Tensor, Tensor> top_meta(const Tensor& scores, int64_t k, at::IntArrayRef) {
+std::tuple<Tensor, Tensor> top_meta(const Tensor& scores, int64_t k, at::IntArrayRef exclude) {
+  check(scores, k, exclude);
   const Tensor values = scores.new_empty_symint({scores.sym_size(0), k});
   return {values, at::empty_symint(values.sym_sizes(), values.options().dtype(at::kLong))};
 }
 
 }  // namespace
 
-TORCH_LIBRARY_FRAGMENT(fairseq_lrn, m) {
+LRN_LIBRARY(m) {
   m.def("log_softmax_topk(Tensor scores, int k, int[] exclude=[]) -> (Tensor, Tensor)",
         {at::Tag::pt2_compliant_tag});
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) { m.impl("log_softmax_topk", top_cpu); }
+LRN_LIBRARY_IMPL(CPU, m) { m.impl("log_softmax_topk", top_cpu); }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, Meta, m) { m.impl("log_softmax_topk", top_meta); }
+LRN_LIBRARY_IMPL(Meta, m) { m.impl("log_softmax_topk", top_meta); }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, Autograd, m) {
+LRN_LIBRARY_IMPL(Autograd, m) {
   m.impl("log_softmax_topk", torch::autograd::autogradNotImplementedFallback());
 }

@@ -3,12 +3,26 @@
 #include "lrn.h"
 
 #include <ATen/autocast_mode.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>
-#include <torch/library.h>
+
+#include "library.h"
 
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
+
+bool lrn::is_first_copy() {
+  static const bool first = [] {
+    const bool there =
+        c10::Dispatcher::singleton().findSchema({"fairseq_lrn::lrn_scan", ""}).has_value();
+    if (there) {
+      TORCH_WARN(
+          "Another copy of fairseq_lrn's operators is loaded already and stays in use; this copy "
+          "is left out.");
+    }
+    return !there;
+  }();
+  return first;
+}
 
 Tensor lrn::scan(const Tensor& projections, const OptionalTensor& initial_state,
                  const OptionalTensor& padding_mask, const std::string& activation,
@@ -38,16 +52,24 @@ std::tuple<Tensor, Tensor> scan_backward(const Tensor& grad_output, const Tensor
                  output_gate, reverse, bidirectional);
 }
 
-Tensor scan_meta(const Tensor& projections, const OptionalTensor&, const OptionalTensor&,
-                 const std::string&, bool output_gate, bool, bool) {
+Tensor scan_meta(const Tensor& projections, const OptionalTensor& initial_state,
+                 const OptionalTensor& padding_mask, const std::string& activation,
+                 bool output_gate, bool reverse, bool bidirectional) {
+  lrn::check_scan(projections, initial_state, padding_mask, activation, output_gate, reverse,
+                  bidirectional);
   return projections.new_empty_symint({projections.sym_size(0), projections.sym_size(1),
                                        projections.sym_size(2) / (output_gate ? 4 : 3)});
 }
 
-std::tuple<Tensor, Tensor> scan_backward_meta(const Tensor&, const Tensor& projections,
-                                              const Tensor&, const OptionalTensor&,
-                                              const OptionalTensor&, const std::string&,
-                                              bool output_gate, bool, bool) {
+std::tuple<Tensor, Tensor> scan_backward_meta(const Tensor& grad_output, const Tensor& projections,
+                                              const Tensor& output,
+                                              const OptionalTensor& initial_state,
+                                              const OptionalTensor& padding_mask,
+                                              const std::string& activation, bool output_gate,
+                                              bool reverse, bool bidirectional) {
+  lrn::check_scan(projections, initial_state, padding_mask, activation, output_gate, reverse,
+                  bidirectional);
+  lrn::check_states(grad_output, output, projections, output_gate);
   return {projections.new_empty_symint(projections.sym_sizes()),
           projections.new_empty_symint(
               {projections.sym_size(1), projections.sym_size(2) / (output_gate ? 4 : 3)})};
@@ -95,6 +117,39 @@ Tensor scan_autograd(const Tensor& projections, const OptionalTensor& initial_st
                      bidirectional);
 }
 
+struct ScanBackward : torch::autograd::Function<ScanBackward> {
+  static variable_list forward(AutogradContext*, const Tensor& grad_output,
+                               const Tensor& projections, const Tensor& output,
+                               const OptionalTensor& initial_state,
+                               const OptionalTensor& padding_mask, const std::string& activation,
+                               bool output_gate, bool reverse, bool bidirectional) {
+    at::AutoDispatchBelowADInplaceOrView guard;
+    auto [projections_grad, state_grad] =
+        scan_backward(grad_output, projections, output, initial_state, padding_mask, activation,
+                      output_gate, reverse, bidirectional);
+    return {projections_grad, state_grad};
+  }
+
+  static variable_list backward(AutogradContext*, const variable_list&) {
+    TORCH_CHECK_NOT_IMPLEMENTED(
+        false,
+        "lrn_scan is differentiable only once by backward(): second derivatives are there in "
+        "torch.func and with fairseq_lrn.ops.lrn_scan_reference");
+  }
+};
+
+std::tuple<Tensor, Tensor> scan_backward_autograd(const Tensor& grad_output,
+                                                  const Tensor& projections, const Tensor& output,
+                                                  const OptionalTensor& initial_state,
+                                                  const OptionalTensor& padding_mask,
+                                                  const std::string& activation, bool output_gate,
+                                                  bool reverse, bool bidirectional) {
+  const variable_list grads =
+      ScanBackward::apply(grad_output, projections, output, initial_state, padding_mask, activation,
+                          output_gate, reverse, bidirectional);
+  return {grads[0], grads[1]};
+}
+
 template <c10::DispatchKey kAutocast>
 Tensor scan_autocast(const Tensor& projections, const OptionalTensor& initial_state,
                      const OptionalTensor& padding_mask, const std::string& activation,
@@ -107,7 +162,7 @@ Tensor scan_autocast(const Tensor& projections, const OptionalTensor& initial_st
 
 }  // namespace
 
-TORCH_LIBRARY(fairseq_lrn, m) {
+LRN_LIBRARY(m) {
   const std::vector<at::Tag> tags = {at::Tag::pt2_compliant_tag};
   m.def(
       "lrn_scan(Tensor projections, Tensor? initial_state=None, Tensor? padding_mask=None, *, "
@@ -124,20 +179,20 @@ TORCH_LIBRARY(fairseq_lrn, m) {
       tags);
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, Meta, m) {
+LRN_LIBRARY_IMPL(Meta, m) {
   m.impl("lrn_scan", scan_meta);
   m.impl("lrn_scan_backward", scan_backward_meta);
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, Autograd, m) {
+LRN_LIBRARY_IMPL(Autograd, m) {
   m.impl("lrn_scan", scan_autograd);
-  m.impl("lrn_scan_backward", torch::autograd::autogradNotImplementedFallback());
+  m.impl("lrn_scan_backward", scan_backward_autograd);
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, AutocastCPU, m) {
+LRN_LIBRARY_IMPL(AutocastCPU, m) {
   m.impl("lrn_scan", scan_autocast<c10::DispatchKey::AutocastCPU>);
 }
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, AutocastCUDA, m) {
+LRN_LIBRARY_IMPL(AutocastCUDA, m) {
   m.impl("lrn_scan", scan_autocast<c10::DispatchKey::AutocastCUDA>);
 }

@@ -5,6 +5,7 @@
 
 #include <optional>
 #include <string>
+#include <utility>
 
 namespace lrn {
 
@@ -13,53 +14,69 @@ struct Sizes {
   bool tanh;
 };
 
-// The wording for users is in fairseq_lrn/ops/scan.py; here is what keeps a direct call from
-// reading memory that is not there.
-inline Sizes check_sizes(const at::Tensor& projections,
-                         const std::optional<at::Tensor>& initial_state,
-                         const std::optional<at::Tensor>& padding_mask,
-                         const std::string& activation, bool output_gate, bool reverse,
-                         bool bidirectional) {
-  TORCH_CHECK(activation == "tanh" || activation == "identity", "lrn_scan: unknown activation ",
-              activation);
-  TORCH_CHECK(!(reverse && bidirectional),
-              "lrn_scan: reverse and bidirectional exclude each other");
-  TORCH_CHECK(projections.dim() == 3, "lrn_scan: projections must have 3 dimensions");
-  Sizes s;
-  s.directions = bidirectional ? 2 : 1;
-  s.parts = output_gate ? 4 : 3;
-  s.steps = projections.size(0);
-  s.batch = projections.size(1);
-  s.width = projections.size(2) / s.parts;
-  s.tanh = activation == "tanh";
-  TORCH_CHECK(projections.size(2) % (s.parts * s.directions) == 0,
-              "lrn_scan: the last axis of projections is not a multiple of ",
-              s.parts * s.directions);
+// What the real kernels and those that only give shapes to tracing (meta) check. The wording for
+// users is in fairseq_lrn/ops/; here is what keeps a direct call from reading memory that is not
+// there. Sizes may be symbols.
+inline void check_like(const char* what, const at::Tensor& x, const at::Tensor& other,
+                       at::ScalarType dtype) {
+  TORCH_CHECK(x.device() == other.device(), what, " must be on ", other.device(), ", but is on ",
+              x.device());
+  TORCH_CHECK(x.scalar_type() == dtype, what, " must be ", dtype, ", but is ", x.scalar_type());
+}
+
+inline void check_shape(const char* what, const at::Tensor& x, c10::SymIntArrayRef shape) {
+  bool same = x.dim() == static_cast<int64_t>(shape.size());
+  for (size_t i = 0; same && i < shape.size(); ++i) {
+    same = x.sym_size(i).sym_eq(shape[i]).expect_true(__FILE__, __LINE__);
+  }
+  TORCH_CHECK(same, what, " must have shape ", shape, ", but has ", x.sym_sizes());
+}
+
+inline void check_scan(const at::Tensor& projections,
+                       const std::optional<at::Tensor>& initial_state,
+                       const std::optional<at::Tensor>& padding_mask, const std::string& activation,
+                       bool output_gate, bool reverse, bool bidirectional) {
+  TORCH_CHECK(activation == "tanh" || activation == "identity",
+              "lrn_scan: activation must be tanh or identity, but is ", activation);
+  TORCH_CHECK(!(reverse && bidirectional), "lrn_scan: reverse must be False with bidirectional");
+  const at::ScalarType dtype = projections.scalar_type();
+  TORCH_CHECK(
+      dtype == at::kHalf || dtype == at::kBFloat16 || dtype == at::kFloat || dtype == at::kDouble,
+      "lrn_scan: projections must be float16, bfloat16, float32 or float64, but is ", dtype);
+  TORCH_CHECK(projections.dim() == 3, "lrn_scan: projections must have 3 axes, but has ",
+              projections.dim());
+  const int64_t parts = output_gate ? 4 : 3, directions = bidirectional ? 2 : 1;
+  const c10::SymInt steps = projections.sym_size(0), batch = projections.sym_size(1),
+                    width = projections.sym_size(2);
+  TORCH_SYM_CHECK((width % (parts * directions)).sym_eq(0),
+                  "lrn_scan: projections must have a last axis that is a multiple of ",
+                  parts * directions, ", but has ", width);
   if (initial_state) {
-    TORCH_CHECK(initial_state->dim() == 2 && initial_state->size(0) == s.batch &&
-                    initial_state->size(1) == s.width &&
-                    initial_state->scalar_type() == projections.scalar_type() &&
-                    initial_state->device() == projections.device(),
-                "lrn_scan: initial_state does not fit projections");
+    check_like("lrn_scan: initial_state", *initial_state, projections, dtype);
+    check_shape("lrn_scan: initial_state", *initial_state, {batch, width / parts});
   }
   if (padding_mask) {
-    TORCH_CHECK(padding_mask->dim() == 2 && padding_mask->size(0) == s.batch &&
-                    padding_mask->size(1) == s.steps && padding_mask->scalar_type() == at::kBool &&
-                    padding_mask->device() == projections.device(),
-                "lrn_scan: padding_mask does not fit projections");
+    check_like("lrn_scan: padding_mask", *padding_mask, projections, at::kBool);
+    check_shape("lrn_scan: padding_mask", *padding_mask, {batch, steps});
   }
-  return s;
 }
 
 // Likewise for what lrn_scan_backward takes besides.
 inline void check_states(const at::Tensor& grad_output, const at::Tensor& output,
-                         const at::Tensor& projections, const Sizes& s) {
-  for (const at::Tensor& x : {grad_output, output}) {
-    TORCH_CHECK(x.sizes() == at::IntArrayRef({s.steps, s.batch, s.width}) &&
-                    x.scalar_type() == projections.scalar_type() &&
-                    x.device() == projections.device(),
-                "lrn_scan_backward: grad_output and output must be as lrn_scan's result");
+                         const at::Tensor& projections, bool output_gate) {
+  const c10::SymInt width = projections.sym_size(2) / (output_gate ? 4 : 3);
+  for (const auto& [name, x] : {std::pair("lrn_scan_backward: grad_output", grad_output),
+                                std::pair("lrn_scan_backward: output", output)}) {
+    check_like(name, x, projections, projections.scalar_type());
+    check_shape(name, x, {projections.sym_size(0), projections.sym_size(1), width});
   }
+}
+
+inline Sizes sizes(const at::Tensor& projections, const std::string& activation, bool output_gate,
+                   bool bidirectional) {
+  const int64_t parts = output_gate ? 4 : 3;
+  return {projections.size(0),         projections.size(1), bidirectional ? 2 : 1, parts,
+          projections.size(2) / parts, activation == "tanh"};
 }
 
 // The operator lrn_scan, on whatever device its tensors are.
@@ -70,6 +87,12 @@ at::Tensor scan(const at::Tensor& projections, const std::optional<at::Tensor>& 
 // As at::linear, on the CPU; its gradients are the operator's of this name.
 at::Tensor linear(const at::Tensor& input, const at::Tensor& weight,
                   const std::optional<at::Tensor>& bias);
+
+// The bytes of a mask. Any that is not 0 is True; as a bool of C++, one that is not 1 either would
+// be undefined.
+inline const uint8_t* bytes(const at::Tensor& mask) {
+  return static_cast<const uint8_t*>(mask.const_data_ptr());
+}
 
 // Kernels take any strides but that of the last axis.
 inline at::Tensor rows_contiguous(const at::Tensor& x) {

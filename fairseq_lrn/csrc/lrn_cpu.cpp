@@ -1,17 +1,16 @@
 // The operators on the CPU. A lane is one element of the state of one sentence and direction.
 // Threads share the lanes out; each walks through time once, so that every tensor is read in long
-// contiguous runs. The loops are compiled once per instruction set, and the best one that runs here
-// is picked at load.
+// contiguous runs.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/zeros.h>
-#include <torch/library.h>
 
 #include <algorithm>
 
 #include "isa.h"
+#include "library.h"
 #include "lrn.h"
 #include "lrn_cell.h"
 
@@ -90,18 +89,18 @@ struct Sequence {
 };
 
 struct Mask {
-  const bool* data = nullptr;
+  const uint8_t* data = nullptr;
   int64_t step_stride = 0, batch_stride = 0;
 
   explicit Mask(const OptionalTensor& mask) {
     if (mask) {
-      data = mask->data_ptr<bool>();
+      data = lrn::bytes(*mask);
       batch_stride = mask->stride(0);
       step_stride = mask->stride(1);
     }
   }
   bool at(int64_t step, int64_t sentence) const {
-    return data != nullptr && data[step * step_stride + sentence * batch_stride];
+    return data != nullptr && data[step * step_stride + sentence * batch_stride] != 0;
   }
 };
 
@@ -312,8 +311,9 @@ at::TensorOptions state_options(const Tensor& x) {
 Tensor scan_cpu(const Tensor& projections, const OptionalTensor& initial_state,
                 const OptionalTensor& padding_mask, const std::string& activation, bool output_gate,
                 bool reverse, bool bidirectional) {
-  const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
-                                        output_gate, reverse, bidirectional);
+  lrn::check_scan(projections, initial_state, padding_mask, activation, output_gate, reverse,
+                  bidirectional);
+  const lrn::Sizes s = lrn::sizes(projections, activation, output_gate, bidirectional);
   const Tensor input = lrn::rows_contiguous(projections);
   const Tensor initial = state_or_zeros(initial_state, input, s);
   const Tensor state = at::empty({s.batch, s.width}, state_options(input));
@@ -337,9 +337,10 @@ std::tuple<Tensor, Tensor> scan_backward_cpu(const Tensor& grad_output, const Te
                                              const OptionalTensor& padding_mask,
                                              const std::string& activation, bool output_gate,
                                              bool reverse, bool bidirectional) {
-  const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
-                                        output_gate, reverse, bidirectional);
-  lrn::check_states(grad_output, output, projections, s);
+  lrn::check_scan(projections, initial_state, padding_mask, activation, output_gate, reverse,
+                  bidirectional);
+  lrn::check_states(grad_output, output, projections, output_gate);
+  const lrn::Sizes s = lrn::sizes(projections, activation, output_gate, bidirectional);
   const Tensor input = lrn::rows_contiguous(projections);
   const Tensor states = lrn::rows_contiguous(output);
   const Tensor grad = lrn::rows_contiguous(grad_output);
@@ -364,7 +365,7 @@ std::tuple<Tensor, Tensor> scan_backward_cpu(const Tensor& grad_output, const Te
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, CPU, m) {
+LRN_LIBRARY_IMPL(CPU, m) {
   m.impl("lrn_scan", scan_cpu);
   m.impl("lrn_scan_backward", scan_backward_cpu);
 }

@@ -4,10 +4,10 @@
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <type_traits>
 
+#include "library.h"
 #include "lrn.h"
 #include "lrn_cuda.cuh"
 
@@ -47,9 +47,9 @@ lrn::cuda::Sequence<T> state(const OptionalTensor& x) {
            : lrn::cuda::Sequence<T>{nullptr, 0, 0};
 }
 
-lrn::cuda::Sequence<const bool> mask(const OptionalTensor& x) {
-  return x ? lrn::cuda::Sequence<const bool>{x->const_data_ptr<bool>(), x->stride(1), x->stride(0)}
-           : lrn::cuda::Sequence<const bool>{nullptr, 0, 0};
+lrn::cuda::Sequence<const uint8_t> mask(const OptionalTensor& x) {
+  return x ? lrn::cuda::Sequence<const uint8_t>{lrn::bytes(*x), x->stride(1), x->stride(0)}
+           : lrn::cuda::Sequence<const uint8_t>{nullptr, 0, 0};
 }
 
 lrn::cuda::Problem problem(const lrn::Sizes& s, bool reverse) {
@@ -74,8 +74,9 @@ void launch(const Args& args, const char* name, const Tensor& projections) {
 Tensor scan_cuda(const Tensor& projections, const OptionalTensor& initial_state,
                  const OptionalTensor& padding_mask, const std::string& activation,
                  bool output_gate, bool reverse, bool bidirectional) {
-  const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
-                                        output_gate, reverse, bidirectional);
+  lrn::check_scan(projections, initial_state, padding_mask, activation, output_gate, reverse,
+                  bidirectional);
+  const lrn::Sizes s = lrn::sizes(projections, activation, output_gate, bidirectional);
   const c10::cuda::CUDAGuard guard(projections.device());
   const Tensor input = whole_words(lrn::rows_contiguous(projections));
   const OptionalTensor initial =
@@ -97,9 +98,10 @@ std::tuple<Tensor, Tensor> scan_backward_cuda(const Tensor& grad_output, const T
                                               const OptionalTensor& padding_mask,
                                               const std::string& activation, bool output_gate,
                                               bool reverse, bool bidirectional) {
-  const lrn::Sizes s = lrn::check_sizes(projections, initial_state, padding_mask, activation,
-                                        output_gate, reverse, bidirectional);
-  lrn::check_states(grad_output, output, projections, s);
+  lrn::check_scan(projections, initial_state, padding_mask, activation, output_gate, reverse,
+                  bidirectional);
+  lrn::check_states(grad_output, output, projections, output_gate);
+  const lrn::Sizes s = lrn::sizes(projections, activation, output_gate, bidirectional);
   const c10::cuda::CUDAGuard guard(projections.device());
   const Tensor input = whole_words(lrn::rows_contiguous(projections));
   const Tensor states = whole_words(lrn::rows_contiguous(output));
@@ -122,7 +124,7 @@ std::tuple<Tensor, Tensor> scan_backward_cuda(const Tensor& grad_output, const T
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(fairseq_lrn, CUDA, m) {
+LRN_LIBRARY_IMPL(CUDA, m) {
   m.impl("lrn_scan", scan_cuda);
   m.impl("lrn_scan_backward", scan_backward_cuda);
 }

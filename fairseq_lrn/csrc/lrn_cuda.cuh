@@ -49,7 +49,7 @@ template <typename T>
 struct ForwardArgs {
   Problem problem;
   Sequence<const T> projections, initial_state;
-  Sequence<const bool> mask;
+  Sequence<const uint8_t> mask;  // any byte that is not 0 is True
   Sequence<T> output;
 
   bool aligned(int64_t width) const {
@@ -61,7 +61,7 @@ template <typename T>
 struct BackwardArgs {
   Problem problem;
   Sequence<const T> projections, initial_state;
-  Sequence<const bool> mask;
+  Sequence<const uint8_t> mask;  // any byte that is not 0 is True
   Sequence<const T> output, grad_output;
   Sequence<T> grad_projections, grad_initial_state;
 
@@ -308,11 +308,11 @@ struct Stream {
 // Which of a group's steps are padding, asked for a group ahead: neighbours read the same few
 // bytes.
 struct Padding {
-  Walk<const bool> walk;
+  Walk<const uint8_t> walk;
   const bool given;
   bool next[kGroup] = {};
 
-  LRN_HD Padding(const Sequence<const bool>& mask, const Problem& p, int64_t sentence,
+  LRN_HD Padding(const Sequence<const uint8_t>& mask, const Problem& p, int64_t sentence,
                  bool backwards)
       : walk(mask, p, sentence, 0, backwards), given(mask.data != nullptr) {}
   LRN_HD void fetch(int64_t left) {
@@ -320,7 +320,7 @@ struct Padding {
 #pragma unroll
       for (int j = 0; j < kGroup; ++j) {
         if (j < left) {
-          next[j] = *walk.at;
+          next[j] = *walk.at != 0;
           walk.move();
         }
       }

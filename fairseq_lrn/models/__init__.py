@@ -1,6 +1,6 @@
-"""fairseq models; importing this package registers them."""
+"""fairseq models; importing this package registers them, and mends fairseq (fairseq_patches)."""
 
-from . import checkpoints  # noqa: F401  changes how fairseq loads them
+from .. import fairseq_patches
 from .deepnmt import DeepNMTModel
 from .lrn import LRNModel
 from .lrn_classifier import LRNClassifierModel
@@ -18,3 +18,5 @@ __all__ = [
     "LRNReaderModel",
     "LRNTaggerModel",
 ]
+
+fairseq_patches.apply()

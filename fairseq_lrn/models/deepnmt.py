@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model
 
-from .base import architecture
+from .base import NoTorchScript, architecture
 from .deepnmt_decoder import DeepNMTDecoder
 from .deepnmt_encoder import DeepNMTEncoder
 from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel
@@ -26,7 +26,7 @@ class DeepNMTConfig(EncoderDecoderConfig):
 
 
 @register_model("deepnmt", dataclass=DeepNMTConfig)
-class DeepNMTModel(EncoderDecoderModel):
+class DeepNMTModel(NoTorchScript, EncoderDecoderModel):
     """The deep recurrent encoder and decoder of Zhang and Sennrich (ACL 2019), section 5.
 
     The decoder's first layer has the attention inside its recurrence and runs step by step; all other layers

@@ -21,6 +21,12 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
         default="relu", metadata={"help": "activation function of the feed-forward layers"}
     )
+    alignment_layer: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "decoder layer, from 0, whose attention aligns source and target (default: the last)"
+        },
+    )
     word_dropout: float = field(
         default=0.0,
         metadata={"help": "probability of dropping a word's embedding, in place of its elements' dropout"},
@@ -80,6 +86,29 @@ class LRNModel(EncoderDecoderModel):
     """
 
     config, encoder_class, decoder_class = LRNConfig, LRNEncoder, LRNDecoder
+    __jit_ignored_attributes__ = ("translator",)
+
+    def __init__(self, cfg: LRNConfig, encoder: LRNEncoder, decoder: LRNDecoder) -> None:
+        super().__init__(cfg, encoder, decoder)
+        self.translator = None  # see fairseq_lrn.inference
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """As :meth:`EncoderDecoderModel.build_model`; attention is trained if ``task`` loads alignments.
+
+        Raises:
+            ValueError: also for a layer that is not there, or that training with alignments may leave out
+        """
+        model = super().build_model(cfg, task)
+        layer, layers = model.decoder.alignment_layer, model.cfg.decoder_layers
+        if not 0 <= layer < layers:
+            raise ValueError(f"--alignment-layer is {layer}, but must be from 0 to {layers - 1}")
+        model.decoder.learns_alignments = bool(getattr(getattr(task, "cfg", None), "load_alignments", False))
+        if model.decoder.learns_alignments and model.cfg.decoder_layerdrop > 0:
+            raise ValueError(
+                f"--decoder-layerdrop is {model.cfg.decoder_layerdrop}, but must be 0 with --load-alignments"
+            )
+        return model
 
     @classmethod
     def complete(cls, cfg: LRNConfig) -> None:
@@ -91,16 +120,46 @@ class LRNModel(EncoderDecoderModel):
         if cfg.offload_activations:
             cfg.checkpoint_activations = True
 
+    def __prepare_scriptable__(self) -> "LRNModel":
+        """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""
+        for option in ("offload_activations", "checkpoint_activations", "quant_noise_pq"):
+            if getattr(self.cfg, option):
+                raise TypeError(
+                    f"TorchScript cannot compile fairseq's {option}: load the model with {option}=0"
+                )
+        if self.cfg.adaptive_softmax_cutoff is not None:
+            raise TypeError("TorchScript cannot compile fairseq's adaptive softmax: use torch.compile")
+        return self
+
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
         """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
 
         So a checkpoint of a model that was pruned and trained on says what it holds.
         """
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
+        self._refresh()
         if model_cfg is not None:
             model_cfg.encoder_layers = self.cfg.encoder_layers
             model_cfg.decoder_layers = self.cfg.decoder_layers
         return result
+
+    def train(self, mode: bool = True) -> "LRNModel":
+        """As :meth:`nn.Module.train`; a translator packs the weights again."""
+        self._refresh()
+        return super().train(mode)
+
+    def make_generation_fast_(self, **kwargs) -> None:
+        """As fairseq calls it before it translates: from now on a translator computes what it knows."""
+        from ..inference import Translator
+
+        super().make_generation_fast_(**kwargs)
+        translator = Translator.of(self)
+        if translator.native() is not None:
+            self.encoder.translator = self.decoder.translator = translator
+
+    def _refresh(self) -> None:
+        if self.translator is not None:
+            self.translator.refresh()
 
 
 _TINY = {

@@ -1,7 +1,7 @@
 """The paper's model for natural language inference: fairseq model ``lrn_inference``."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 import torch
 import torch.nn as nn
@@ -53,6 +53,17 @@ class LRNInferenceModel(SentencePredictionModel):
         )
         self.pooling = AttentivePooling(self.comparison.output_size)
         self.feature_size = 2 * self.comparison.output_size
+
+    @classmethod
+    def check_task(cls, cfg: Any) -> None:
+        """Raise ValueError as the base class does, and where sentences would be split at a wrong place."""
+        super().check_task(cfg)
+        if getattr(cfg, "init_token", None) == Dictionary().eos():
+            raise ValueError("--init-token is </s>, which ends the first sentence, but must be another one")
+        if getattr(cfg, "shorten_method", None) == "random_crop":
+            raise ValueError(
+                "--shorten-method is random_crop, which cuts within pairs, but must be none or truncate"
+            )
 
     def extract_features(self, src_tokens: Tensor) -> Tensor:
         """Map pairs (B, T), of two sentences that each end in ``</s>``, padded on either side, to (B, C).

@@ -1,6 +1,6 @@
 """The blocks of the ``lrn`` encoder and decoder: pre-norm residual recurrence, attention, feed-forward."""
 
-from typing import Callable, Dict, List, Optional, Tuple
+from typing import Callable, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -13,8 +13,8 @@ from fairseq.modules.checkpoint_activations import checkpoint_wrapper
 from fairseq.modules.quant_noise import quant_noise
 from torch import Tensor
 
-from ..modules import LRN, build_recurrent
-from ..ops._library import loaded
+from ..modules import build_recurrent
+from ..modules.linear import is_plain
 from .base import Dropout
 
 
@@ -114,7 +114,10 @@ class EncoderAttention(nn.Module):
         if padding_mask is not None:
             padding_mask = padding_mask[:, None, None]
         weights: Optional[Tensor] = None
-        if need_weights:
+        plain = True
+        if not torch.jit.is_scripting():
+            plain = is_plain(self.dropout_module, Dropout)
+        if need_weights or not plain:
             scores = torch.matmul(query * self.head_dim**-0.5, keys.transpose(2, 3))
             if padding_mask is not None:
                 scores = scores.masked_fill(padding_mask, float("-inf"))
@@ -122,59 +125,16 @@ class EncoderAttention(nn.Module):
             y = torch.matmul(self.dropout_module(weights), values)
             weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
         else:
-            active = self.training or self.dropout_module.apply_during_inference
+            active = self.dropout_module.training or self.dropout_module.apply_during_inference
             dropout = self.dropout_module.p if active else 0.0
             mask = None if padding_mask is None else padding_mask.logical_not()
             y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
         y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
-        return self.out_proj(y), weights
+        return self.out_proj(y), weights if need_weights else None
 
 
-def fit_operators(*tensors: Tensor) -> bool:
-    """Whether ``tensors`` are what the operators for translating take: float32, on the CPU, no gradients."""
-    return (
-        all(x.dtype == torch.float32 and x.device.type == "cpu" for x in tensors)
-        and not torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-    )
-
-
-class Layer(nn.Module):
-    """A block that is one C++ operator while it translates on the CPU.
-
-    The operator knows LRN and oLRN, plain linear layers with ReLU between them, and neither dropout nor
-    gradients, nor hooks on the modules inside; ``forward`` is what defines it, and all else. Parameters that
-    were replaced are followed; those that are pruned, parametrized or quantized are left to ``forward``.
-    """
-
-    __jit_ignored_attributes__ = ("_places",)
-
-    def __init__(self) -> None:
-        super().__init__()
-        # of each operand: the modules that its own is one of, that one's name, and the parameter's
-        self._places: List[Tuple[Dict[str, nn.Module], str, str]] = []
-
-    def make_generation_fast_(self, retain_dropout: bool = False, **kwargs) -> None:
-        """As fairseq calls it before it translates: use the operator from now on, where it fits."""
-        paths = [name.rpartition(".") for name, _ in self.named_parameters()]
-        kinds = [name.partition("_")[0] for _, _, name in paths]
-        plain = isinstance(self.rnn, LRN) and self.ffn.activation_fn is F.relu and not retain_dropout
-        if loaded and plain and kinds == ["weight", "bias"] * (self.num_parameters // 2):
-            for path, _, name in paths:
-                parent, _, child = path.rpartition(".")
-                self._places.append((self.get_submodule(parent)._modules, child, name))
-
-    def _operands(self, *tensors: Tensor) -> Optional[List[Tensor]]:
-        if not self._places or not fit_operators(*tensors):
-            return None
-        operands = [modules[child]._parameters.get(name) for modules, child, name in self._places]
-        return None if any(operand is None for operand in operands) else operands
-
-
-class LRNEncoderLayer(Layer):
+class LRNEncoderLayer(nn.Module):
     """A bidirectional recurrence and a feed-forward block, each x + dropout(f(norm(x)))."""
-
-    num_parameters = 12
 
     def __init__(self, cfg):
         super().__init__()
@@ -190,25 +150,13 @@ class LRNEncoderLayer(Layer):
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """Map (T, B, C) to (T, B, C); padding_mask (B, T) is True at padding."""
-        if not torch.jit.is_scripting():
-            operands = self._operands(x)
-            if operands is not None:
-                return torch.ops.fairseq_lrn.lrn_encoder_layer(
-                    x,
-                    padding_mask,
-                    operands,
-                    activation=self.rnn.activation,
-                    output_gate=self.rnn.output_gate,
-                )
         y, _ = self.rnn(self.rnn_layer_norm(x), None, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
         return x + self.dropout_module(self.ffn(self.final_layer_norm(x)))
 
 
-class LRNDecoderLayer(Layer):
+class LRNDecoderLayer(nn.Module):
     """A recurrence, attention over the encoder and a feed-forward block, each x + dropout(f(norm(x)))."""
-
-    num_parameters = 22
 
     def __init__(self, cfg):
         super().__init__()
@@ -247,22 +195,6 @@ class LRNDecoderLayer(Layer):
             output (T, N, C), state after the last step, keys and values, and attention weights
             (heads, N, T, S) or None
         """
-        if not torch.jit.is_scripting():
-            operands: Optional[List[Tensor]] = None
-            if state is not None and keys_values is not None and x.size(0) == 1:
-                operands = self._operands(x, state, keys_values)
-            if operands is not None:
-                x, state, attn = torch.ops.fairseq_lrn.lrn_decoder_step(
-                    x,
-                    state,
-                    keys_values,
-                    encoder_padding_mask,
-                    operands,
-                    activation=self.rnn.activation,
-                    output_gate=self.rnn.output_gate,
-                    need_weights=need_attn,
-                )
-                return x, state, keys_values, attn
         y, state = self.rnn(self.rnn_layer_norm(x), state, padding_mask)
         x = x + self.dropout_module(self.out_proj(y))
         if keys_values is None:

@@ -11,16 +11,18 @@ from fairseq.models import FairseqIncrementalDecoder, FairseqLanguageModel, regi
 from torch import Tensor
 
 from ..modules import LockedDropout, MixtureOfSoftmaxes, StackedRecurrent
+from ..modules.linear import project
 from .base import (
     AdaptiveSoftmaxConfig,
     CellConfig,
+    NoTorchScript,
     build_adaptive_softmax,
     build_embedding,
     build_output_projection,
     check_cell,
     check_positive,
     find_padding,
-    project,
+    refuse_full_context,
 )
 
 
@@ -100,6 +102,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
                 self.output_projection = MixtureOfSoftmaxes(
                     hidden_size, cfg.mixture_of_softmaxes, self.output_projection
                 )
+        self.max_target_positions = int(super().max_positions())
         # in training and in evaluation: states (L, B, S) that the last block and the next begin with
         self.carried: Dict[bool, Dict[int, Optional[Tensor]]] = {True: {}, False: {}}
 
@@ -108,38 +111,67 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         prev_output_tokens: Tensor,
         encoder_out: Optional[Dict[str, List[Tensor]]] = None,
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        features_only: bool = False,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
         src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
         block: Optional[int] = None,
-    ) -> Tuple[Tensor, None]:
+    ) -> Tuple[Tensor, Optional[Dict[str, List[Tensor]]]]:
         """Predict each next word.
 
         Args:
             prev_output_tokens: (B, T) word ids; with ``incremental_state`` only the last one is read
             encoder_out: not used
             incremental_state: keeps the states between calls that decode word by word
+            features_only: return features (B, T, C) instead of scores
+            full_context_alignment: must be False, as a recurrence reads no later words
+            alignment_layer, alignment_heads: must be None, as there is nothing to attend to
             src_lengths: not used
+            return_all_hiddens: return what goes into the first layer and comes out of each
             block: number, from 0, of the block of text in each row's stream: the states that the block before
                 ended with are carried on, detached, if that or this was the last one read in the same mode,
                 training or evaluation; else the states are zeros, as they are with None
 
         Returns:
             scores (B, T, V), log-probabilities with a mixture of softmaxes, features (B, T, C) with adaptive
-            softmax, and None
+            softmax, and None, or, if asked for, a dictionary with ``inner_states``: [(T, B, C)]
+
+        Raises:
+            ValueError: an argument that must be False or None is not
         """
         x, extra = self.extract_features(
-            prev_output_tokens, encoder_out, incremental_state, src_lengths, block
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+            src_lengths,
+            return_all_hiddens,
+            block,
         )
-        return self.output_layer(x), extra
+        return x if features_only else self.output_layer(x), extra
 
     def extract_features(
         self,
         prev_output_tokens: Tensor,
         encoder_out: Optional[Dict[str, List[Tensor]]] = None,
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
         src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
         block: Optional[int] = None,
-    ) -> Tuple[Tensor, None]:
+    ) -> Tuple[Tensor, Optional[Dict[str, List[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
+        refuse_full_context(full_context_alignment)
+        if alignment_layer is not None or alignment_heads is not None:
+            raise ValueError(
+                "alignment_layer and alignment_heads must be None: a language model attends to no source"
+            )
         states: Optional[Tensor] = None
         padding_mask: Optional[Tensor] = None
         if incremental_state is not None:
@@ -159,8 +191,10 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         if self.training and self.embed_dropout > 0:
             words = x.new_ones(self.embed_tokens.num_embeddings)
             x = x * nn.functional.dropout(words, self.embed_dropout)[tokens].unsqueeze(2)
+        x = self.dropout_in(x)
+        inner_states = [x] if return_all_hiddens else None
         x, last_states = self.rnn(
-            self.dropout_in(x), None if states is None else list(states.split(1)), padding_mask
+            x, None if states is None else list(states.split(1)), padding_mask, inner_states
         )
         x = self.dropout_out(x)
         if self.project_out_dim is not None:
@@ -170,11 +204,15 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
             self.set_incremental_state(incremental_state, "states", {"states": torch.cat(last_states)})
         if block is not None:
             self.carried[self.training] = {block: states, block + 1: torch.cat(last_states).detach()}
-        return x.transpose(0, 1), None
+        return x.transpose(0, 1), None if inner_states is None else {"inner_states": inner_states}
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
         return features if self.output_projection is None else project(self.output_projection, features)
+
+    def max_positions(self) -> int:
+        """Return the task's ``--max-target-positions``; without it, there is no limit."""
+        return self.max_target_positions
 
     def reorder_incremental_state(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
@@ -186,7 +224,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
 
 
 @register_model("lrn_lm", dataclass=LRNLanguageModelConfig)
-class LRNLanguageModel(FairseqLanguageModel):
+class LRNLanguageModel(NoTorchScript, FairseqLanguageModel):
     """Predict each next word of a text with recurrent layers; the text may be of any length."""
 
     @classmethod
@@ -200,7 +238,11 @@ class LRNLanguageModel(FairseqLanguageModel):
         cfg = LRNLanguageModelConfig.from_namespace(cfg)
         _check(cfg, task)
         embed_tokens = build_embedding(task.source_dictionary, cfg.decoder_embed_dim)
-        return cls(LRNLanguageModelDecoder(cfg, task.target_dictionary, embed_tokens))
+        decoder = LRNLanguageModelDecoder(cfg, task.target_dictionary, embed_tokens)
+        limit = getattr(getattr(task, "args", None), "max_target_positions", None)
+        if limit is not None:
+            decoder.max_target_positions = limit
+        return cls(decoder)
 
 
 def _check(cfg: LRNLanguageModelConfig, task) -> None:

@@ -10,6 +10,7 @@ from fairseq.models import BaseFairseqModel, register_model
 from torch import Tensor
 
 from ..modules import AttentivePooling, LockedDropout, StepAttention, build_cell, build_recurrent
+from .base import NoTorchScript
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
@@ -38,7 +39,7 @@ class GatedAttention(nn.Module):
 
 
 @register_model("lrn_reader", dataclass=WordEncoderConfig)
-class LRNReaderModel(BaseFairseqModel):
+class LRNReaderModel(NoTorchScript, BaseFairseqModel):
     """R-Net (Wang et al., ACL 2017) with any recurrent unit (Zhang and Sennrich, ACL 2019).
 
     One encoder reads question and passage. The passage attends to the question and is read again, then to
@@ -100,7 +101,7 @@ class LRNReaderModel(BaseFairseqModel):
             memory, mask = (question, question_mask) if with_question else (x, passage_mask)
             x = self.dropout(rnn(attention(x, memory, mask), None, passage_mask)[0])
         pooled = self.pooling(question, question_mask)
-        keys = self.pointer.project(x)
+        keys, x = self.pointer.project(x, passage_mask)
         start = self.pointer.scores(pooled, keys, passage_mask).squeeze(1)
         found = torch.einsum("bt,tbc->bc", start.softmax(1), x)
         # LSTM's state is h | c, and c begins with zeros

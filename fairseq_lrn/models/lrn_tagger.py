@@ -5,14 +5,16 @@ from typing import Any, Dict, List, Optional, Tuple
 import torch
 import torch.nn as nn
 from fairseq.data import Dictionary
-from fairseq.models import BaseFairseqModel, register_model
+from fairseq.models import register_model
 from torch import Tensor
 
+from .base import NoTorchScript
+from .heads import ModelWithHeads
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
 @register_model("lrn_tagger", dataclass=WordEncoderConfig)
-class LRNTaggerModel(BaseFairseqModel):
+class LRNTaggerModel(NoTorchScript, ModelWithHeads):
     """Bidirectional recurrence and a conditional random field over the tags (Zhang and Sennrich, 2019).
 
     For the task ``tagging`` and fairseq's criterion ``model``.
@@ -46,6 +48,10 @@ class LRNTaggerModel(BaseFairseqModel):
         """Build a model from its configuration (or a namespace) for ``task``, a ``TaggingTask``."""
         cfg = WordEncoderConfig.from_namespace(cfg)
         return cls(cfg, task.source_dictionary, task.target_dictionary, task.cfg.max_word_length)
+
+    def head_of(self, key: str) -> Optional[str]:
+        """Return "tagging head" for the parameters of the random field and of what scores its tags."""
+        return "tagging head" if key.startswith(("projection.", "crf.")) else None
 
     def forward(
         self, src_tokens: Tensor, src_lengths: Tensor, src_chars: Optional[Tensor] = None

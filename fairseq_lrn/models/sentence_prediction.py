@@ -4,14 +4,15 @@ from typing import Any, Dict, Optional, Tuple
 
 import torch.nn as nn
 from fairseq.data import Dictionary
-from fairseq.models import BaseFairseqModel
 from fairseq.models.roberta.model import RobertaClassificationHead
 from torch import Tensor
 
+from .base import NoTorchScript
+from .heads import ModelWithHeads
 from .word_encoder import WordEncoder, WordEncoderConfig
 
 
-class SentencePredictionModel(BaseFairseqModel):
+class SentencePredictionModel(NoTorchScript, ModelWithHeads):
     """Words, recurrence, one vector of features a sentence, and classification heads over it.
 
     A subclass names its ``config`` and gives ``feature_size`` and :meth:`extract_features`.
@@ -39,8 +40,21 @@ class SentencePredictionModel(BaseFairseqModel):
 
     @classmethod
     def build_model(cls, cfg: Any, task: Any) -> "SentencePredictionModel":
-        """Build a model from its configuration (or a namespace) for ``task``'s dictionary of words."""
+        """Build a model from its configuration (or a namespace) for ``task``'s dictionary of words.
+
+        Raises:
+            ValueError: as :meth:`check_task`
+        """
+        cls.check_task(getattr(task, "cfg", None))
         return cls(cls.config.from_namespace(cfg), task.source_dictionary)
+
+    @classmethod
+    def check_task(cls, cfg: Any) -> None:
+        """Raise ValueError where the task's configuration ``cfg`` asks for other inputs than words."""
+        for name in ("add_prev_output_tokens", "d2v2_multi"):
+            if getattr(cfg, name, False):
+                option = name.replace("_", "-")
+                raise ValueError(f"--{option} is given, but must not be: {cls.__name__} reads words only")
 
     def register_classification_head(
         self, name: str, num_classes: int, inner_dim: Optional[int] = None
@@ -49,6 +63,21 @@ class SentencePredictionModel(BaseFairseqModel):
         self.classification_heads[name] = RobertaClassificationHead(
             self.feature_size, inner_dim or self.feature_size, num_classes, "tanh", self.cfg.dropout
         )
+
+    def head_of(self, key: str) -> Optional[str]:
+        """Return "classification head (NAME)" for that head's parameters."""
+        parts = key.split(".")
+        return f"classification head ({parts[1]})" if parts[0] == "classification_heads" else None
+
+    def get_targets(self, sample: Dict[str, Any], net_output: Any) -> Tensor:
+        """Return the labels (B, 1).
+
+        Raises:
+            ValueError: the data has none
+        """
+        if "target" not in sample:
+            raise ValueError("the data has no labels: its folder label lacks the split that is read")
+        return sample["target"]
 
     def extract_features(self, src_tokens: Tensor) -> Tensor:
         """Map word ids (B, T), padded on either side, to features (B, ``feature_size``)."""

@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .inputs import check_sequences, zero_padding
+
 
 class StepAttention(nn.Module):
     """Multi-head attention whose keys are computed once a sequence; each head reads its part of the memory.
@@ -38,9 +40,17 @@ class StepAttention(nn.Module):
             self.score = nn.Parameter(torch.empty(num_heads, memory_dim // num_heads))
             nn.init.xavier_uniform_(self.score)
 
-    def project(self, memory: Tensor) -> Tensor:
-        """Return the keys (S, B, C) of a memory (S, B, C)."""
-        return self.key(memory)
+    def project(self, memory: Tensor, padding_mask: Optional[Tensor] = None) -> Tuple[Tensor, Tensor]:
+        """Return the keys (S, B, C) of a memory (S, B, C), and the memory with zeros at padding.
+
+        Raises:
+            ValueError: ``memory`` has not that shape, or ``padding_mask`` (B, S) does not fit it
+            TypeError: a dtype is wrong
+        """
+        check_sequences("memory", memory, self.key.in_features, self.key.weight)
+        if padding_mask is not None:
+            memory = zero_padding(memory, padding_mask)
+        return self.key(memory), memory
 
     def scores(self, query: Tensor, keys: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """Return each query's score of each key, (N, num_heads, S), of the arguments of :meth:`forward`."""
@@ -65,7 +75,7 @@ class StepAttention(nn.Module):
         Args:
             query: (N, query_dim)
             keys: (S, B, C), from :meth:`project`
-            memory: (S, B, C)
+            memory: (S, B, C), from :meth:`project`
             padding_mask: (B, S), True at padding
 
         Returns:

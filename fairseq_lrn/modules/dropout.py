@@ -4,12 +4,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..ops._library import eager
+
 
 def dropout(x: Tensor, p: float) -> Tensor:
     """Zero each element of ``x`` with probability ``p``, divide the others by 1 - p: ``F.dropout``.
 
     On the CPU 16 random bits decide an element, p being rounded to a multiple of 2**-16; ``F.dropout`` draws
-    a number for each, which takes it most of its time.
+    a number for each, which takes it most of its time. Tracing, compiling and ``torch.func`` take
+    ``F.dropout``.
 
     Args:
         x: of any shape, dtype and device
@@ -19,8 +22,9 @@ def dropout(x: Tensor, p: float) -> Tensor:
         as ``x``
     """
     if not torch.jit.is_scripting():
-        drop = round(p * 2**16)
-        if x.device.type == "cpu" and 0 <= drop < 2**16 and not torch.compiler.is_compiling():
+        fast = x.device.type == "cpu" and 0 <= p < 1 - 2**-16 and eager()
+        if fast:
+            drop = round(p * 2**16)
             words = torch.empty((x.numel() + 3) // 4, dtype=torch.int64, device="cpu").random_(-(2**63), None)
             keep = words.view(torch.int16)[: x.numel()].view(x.shape) >= drop - 2**15
             return x * keep.to(x.dtype).mul_(2**16 / (2**16 - drop))

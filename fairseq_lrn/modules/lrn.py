@@ -7,11 +7,13 @@ from typing import List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
+from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import linear, lrn_scan
 from .dropout import dropout
+from .inputs import check_like, zero_padding
 
 
 class LRN(nn.Module):
@@ -158,6 +160,12 @@ class LRN(nn.Module):
         """The parameters of each layer, in the order of the class's docstring."""
         return [[getattr(self, name) for name in names] for names in self._layer_names]
 
+    @torch.jit.unused
+    @property
+    def _flat_weights(self) -> List[Tensor]:
+        """All of them in one list, which programs for ``nn.GRU`` read; to replace one, set it by its name."""
+        return [weight for layer in self.all_weights for weight in layer]
+
     def flatten_parameters(self) -> None:
         """Do nothing: a layer's weights are one tensor already."""
 
@@ -198,10 +206,14 @@ class LRN(nn.Module):
 
         Raises:
             ValueError: a shape or device is wrong; the message names the argument.
-            TypeError: a dtype is wrong; the message names the argument.
+            TypeError: an argument is no tensor, or a dtype is wrong; the message names the argument.
         """
-        if not torch.jit.is_scripting() and isinstance(input, PackedSequence):
-            return self._forward_packed(input, hx, padding_mask)
+        if not torch.jit.is_scripting():
+            for name, value in (("hx", hx), ("padding_mask", padding_mask)):
+                if value is not None and not isinstance(value, (Tensor, Proxy)):
+                    raise TypeError(f"{name} must be a Tensor or None, got {type(value).__name__}")
+            if not isinstance(input, Tensor):
+                return self._forward_other(input, hx, padding_mask)
         batched = input.dim() == 3
         if batched:
             if self.batch_first:
@@ -222,6 +234,19 @@ class LRN(nn.Module):
         return output.transpose(0, 1) if self.batch_first else output, h_n
 
     @torch.jit.unused
+    def _forward_other(self, input, hx: Optional[Tensor], padding_mask: Optional[Tensor]):
+        if isinstance(input, PackedSequence):
+            return self._forward_packed(input, hx, padding_mask)
+        if isinstance(input, Proxy):  # torch.fx gets one node, as for PyTorch's own modules
+            tracer = input.tracer
+            if tracer.root is self:
+                raise TypeError("torch.fx traces a module that calls LRN, not LRN by itself")
+            return tracer.create_proxy(
+                "call_module", tracer.path_of_module(self), (input, hx, padding_mask), {}
+            )
+        raise TypeError(f"input must be a Tensor or a PackedSequence, got {type(input).__name__}")
+
+    @torch.jit.unused
     def _forward_packed(
         self, input: PackedSequence, hx: Optional[Tensor], padding_mask: Optional[Tensor]
     ) -> Tuple[PackedSequence, Tensor]:
@@ -230,6 +255,12 @@ class LRN(nn.Module):
             raise ValueError("padding_mask must be None with a PackedSequence, which knows its lengths")
         if data.dim() != 2:
             raise ValueError(f"input must have 2 axes in a PackedSequence, got {data.dim()}")
+        longest_first = batch_sizes.numel() > 0 and not (batch_sizes[1:] > batch_sizes[:-1]).any()
+        if not longest_first or batch_sizes[-1] < 1 or int(batch_sizes.sum()) != len(data):
+            raise ValueError(
+                "input must have positive batch_sizes, none greater than the one before, that add up to its "
+                f"{len(data)} rows of data in a PackedSequence, got {batch_sizes.tolist()}"
+            )
         self._check(data, hx, [self._states(), int(batch_sizes[0]), self.hidden_size])
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
@@ -244,22 +275,15 @@ class LRN(nn.Module):
         return self.num_layers * (2 if self.bidirectional else 1)
 
     def _check(self, input: Tensor, hx: Optional[Tensor], state_shape: List[int]) -> None:
+        check_like("input", input, self.weight_ih_l0)
+        if hx is not None:
+            check_like("hx", hx, self.weight_ih_l0)
         if input.size(-1) != self.input_size:
-            raise ValueError(f"input's last axis must be input_size={self.input_size}, got {input.size(-1)}")
+            raise ValueError(
+                f"input must have a last axis of input_size={self.input_size}, got {list(input.shape)}"
+            )
         if hx is not None and list(hx.shape) != state_shape:
             raise ValueError(f"hx must have shape {state_shape}, got {list(hx.shape)}")
-        if not torch.jit.is_scripting():
-            device = self.weight_ih_l0.device
-            if input.device != device:
-                raise ValueError(f"input must be on {device} as the parameters are, but is on {input.device}")
-            if hx is not None and hx.device != device:
-                raise ValueError(f"hx must be on {device} as the parameters are, but is on {hx.device}")
-            if not torch._C._is_any_autocast_enabled():
-                dtype = self.weight_ih_l0.dtype
-                if input.dtype != dtype:
-                    raise TypeError(f"input must be {dtype} as the parameters are, got {input.dtype}")
-                if hx is not None and hx.dtype != dtype:
-                    raise TypeError(f"hx must be {dtype} as the parameters are, got {hx.dtype}")
 
     def _run(
         self, x: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor], rows: Optional[Tensor]
@@ -269,6 +293,8 @@ class LRN(nn.Module):
         weights = self._weights if torch.jit.is_scripting() else self.all_weights
         size = self.hidden_size
         finals: List[Tensor] = []
+        if padding_mask is not None and rows is None and torch.is_grad_enabled():
+            x = zero_padding(x, padding_mask)
         for layer in range(self.num_layers):
             if layer > 0 and self.dropout > 0 and self.training:
                 x = dropout(x, self.dropout)

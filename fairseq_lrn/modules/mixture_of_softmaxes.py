@@ -4,6 +4,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .inputs import check_like
+
 
 class MixtureOfSoftmaxes(nn.Module):
     """Mixture of softmaxes (Yang et al., ICLR 2018)::
@@ -23,7 +25,17 @@ class MixtureOfSoftmaxes(nn.Module):
         self.output_projection = output_projection
 
     def forward(self, input: Tensor) -> Tensor:
-        """Return the words' log-probabilities (..., V), float32, of features (..., input_size)."""
+        """Return the words' log-probabilities (..., V), float32, of features (..., input_size).
+
+        Raises:
+            ValueError: ``input`` has another width or device
+            TypeError: its dtype is wrong
+        """
+        check_like("input", input, self.prior.weight)
+        if input.size(-1) != self.prior.in_features:
+            raise ValueError(
+                f"input must have shape (..., {self.prior.in_features}), got {list(input.shape)}"
+            )
         log_prior = torch.log_softmax(self.prior(input), -1, dtype=torch.float32)
         latent = torch.tanh(self.latent(input)).unflatten(-1, (self.prior.out_features, -1))
         log_probs = torch.log_softmax(self.output_projection(latent), -1, dtype=torch.float32)

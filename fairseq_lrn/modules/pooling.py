@@ -6,6 +6,8 @@ import torch
 import torch.nn as nn
 from torch import Tensor
 
+from .inputs import check_sequences, zero_padding
+
 
 class AttentivePooling(nn.Module):
     """The mean of a sequence's states, weighted by how well each answers a learnt query (Yang et al., 2016)::
@@ -22,7 +24,15 @@ class AttentivePooling(nn.Module):
         self.query = nn.Linear(size, 1, bias=False)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        """Pool states (T, B, C) to (B, C); ``padding_mask`` (B, T) is True at padding, False somewhere."""
+        """Pool states (T, B, C) to (B, C); ``padding_mask`` (B, T) is True at padding, False somewhere.
+
+        Raises:
+            ValueError: ``x`` has not that shape, or ``padding_mask`` does not fit it
+            TypeError: a dtype is wrong
+        """
+        check_sequences("x", x, self.projection.in_features, self.projection.weight)
+        if padding_mask is not None:
+            x = zero_padding(x, padding_mask)
         scores = self.query(torch.tanh(self.projection(x))).squeeze(2)
         if padding_mask is not None:
             scores = scores.masked_fill(padding_mask.t(), float("-inf"))

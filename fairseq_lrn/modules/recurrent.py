@@ -8,6 +8,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..ops import linear, lrn_scan
+from ..ops.scan import check_padding_mask
+from .inputs import check_like, check_sequences, zero_padding
+from .linear import project
 from .lrn import LRN
 
 CELLS = ("lrn", "olrn", "gru", "lstm", "atr", "sru")
@@ -18,7 +21,7 @@ class LRNCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int, activation: str, output_gate: bool) -> None:
         super().__init__()
-        self.state_size = hidden_size
+        self.input_size, self.state_size = input_size, hidden_size
         self.rnn = LRN(input_size, hidden_size, activation=activation, output_gate=output_gate)
 
     def project(self, input: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ class ATRCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.state_size = hidden_size
+        self.input_size, self.state_size = input_size, hidden_size
         self.input = nn.Linear(input_size, hidden_size)
         self.hidden = nn.Linear(hidden_size, hidden_size)
         nn.init.xavier_uniform_(self.input.weight)
@@ -101,7 +104,9 @@ class ATRCell(nn.Module):
 
     def project(self, input: Tensor) -> Tensor:
         """What does not wait for the state: (..., input_size) to (..., hidden_size)."""
-        return linear(input, self.input.weight, self.input.bias)
+        if not torch.jit.is_scripting():
+            return project(self.input, input)
+        return self.input(input)
 
     def step(self, p: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
         """Output and next state, both (B, H), from one step's projection and the state (B, H)."""
@@ -120,7 +125,7 @@ class SRUCell(nn.Module):
 
     def __init__(self, input_size: int, hidden_size: int) -> None:
         super().__init__()
-        self.state_size = hidden_size
+        self.input_size, self.state_size = input_size, hidden_size
         self.weight = nn.Parameter(torch.empty(4 * hidden_size, input_size))
         self.v = nn.Parameter(torch.zeros(2 * hidden_size))
         self.bias = nn.Parameter(torch.zeros(2 * hidden_size))
@@ -149,19 +154,32 @@ class Unrolled(nn.Module):
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
-        outputs, states = [], []
+        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding: output (T, B, D·H), last states."""
+        if not torch.jit.is_scripting():
+            first = self.cells[0]
+            state = (len(self.cells), first.state_size)
+            _check(input, hx, first.input_size, state, next(self.parameters()))
+        if padding_mask is not None:
+            input = zero_padding(input, padding_mask)
+        outputs: List[Tensor] = []
+        states: List[Tensor] = []
         for i, cell in enumerate(self.cells):
             projected = cell.project(input).unbind(0)
-            steps = range(len(projected) - 1, -1, -1) if i else range(len(projected))
-            state = input.new_zeros(input.size(1), cell.state_size) if hx is None else hx[i]
-            output = [state] * len(projected)
-            for t in steps:
-                output[t], new = cell.step(projected[t], state)
+            state = input.new_zeros([input.size(1), cell.state_size]) if hx is None else hx[i]
+            output: List[Tensor] = []
+            for step in range(len(projected)):
+                t = len(projected) - 1 - step if i > 0 else step
+                y, new = cell.step(projected[t], state)
                 state = new if padding_mask is None else state.where(padding_mask[:, t : t + 1], new)
+                output.append(y)
+            if i > 0:
+                output.reverse()
             outputs.append(torch.stack(output))
             states.append(state)
-        return torch.cat(outputs, 2), torch.stack(states)
+        y = torch.cat(outputs, 2)
+        if padding_mask is not None:
+            y = y.masked_fill(padding_mask.t().unsqueeze(2), 0.0)
+        return y, torch.stack(states)
 
 
 class Native(nn.Module):
@@ -172,18 +190,31 @@ class Native(nn.Module):
     the state is carried over.
     """
 
+    __constants__ = ("lstm",)
+
     def __init__(self, rnn: nn.RNNBase) -> None:
         super().__init__()
         self.rnn = rnn
+        self.lstm = isinstance(rnn, nn.LSTM)
 
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
         """As :meth:`LRN.forward` on (T, B, C), but zeros at padding; LSTM's states are h | c, (D, B, 2·H)."""
-        lstm = isinstance(self.rnn, nn.LSTM)
-        if padding_mask is not None and not input.is_cuda:
-            return self._forward_padded(input, hx, padding_mask)
-        state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if lstm and hx is not None else hx
+        if not torch.jit.is_scripting():
+            state = (1 + self.rnn.bidirectional, (1 + self.lstm) * self.rnn.hidden_size)
+            _check(input, hx, self.rnn.input_size, state, self.rnn.weight_ih_l0)
+        if padding_mask is not None:
+            check_padding_mask(padding_mask, input.size(1), input.size(0), input)
+        if not torch.jit.is_scripting() and (padding_mask is None or input.is_cuda):
+            return self._forward_packed(input, hx, padding_mask)
+        return self._forward_padded(input, hx, padding_mask)
+
+    @torch.jit.unused
+    def _forward_packed(
+        self, input: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor]
+    ) -> Tuple[Tensor, Tensor]:
+        state = tuple(x.contiguous() for x in hx.chunk(2, 2)) if self.lstm and hx is not None else hx
         if padding_mask is None:
             output, state = self.rnn(input, state)
         else:
@@ -195,39 +226,67 @@ class Native(nn.Module):
             packed, state = self.rnn(packed, state)
             sorted_output, _ = pad_packed_sequence(packed, total_length=input.size(0))
             output = torch.zeros_like(sorted_output).scatter(0, order.expand_as(sorted_output), sorted_output)
-        return output, torch.cat(state, 2) if lstm else state
+        return output, torch.cat(state, 2) if self.lstm else state
+
+    @torch.jit.unused
+    def _weights(self) -> List[Tensor]:
+        return [weight for direction in self.rnn.all_weights for weight in direction]
 
     def _forward_padded(
-        self, input: Tensor, hx: Optional[Tensor], padding_mask: Tensor
+        self, input: Tensor, hx: Optional[Tensor], padding_mask: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
-        size, lstm = self.rnn.hidden_size, isinstance(self.rnn, nn.LSTM)
+        size, (steps, batch) = self.rnn.hidden_size, input.shape[:2]
+        if padding_mask is None:
+            padding_mask = torch.zeros(batch, steps, dtype=torch.bool, device=input.device)
         # what padding adds to the gates of GRU, r | z | n, and of LSTM, i | f | g | o
-        shut = input.new_tensor([-1e4, 1e4, 0, 0] if lstm else [0, 1e4, 0]).repeat_interleave(size)[:, None]
+        shut = torch.tensor([-1e4, 1e4, 0.0, 0.0] if self.lstm else [0.0, 1e4, 0.0])
+        shut = shut.to(input).repeat_interleave(size).unsqueeze(1)
         padding = padding_mask.t().unsqueeze(2)
-        input = torch.cat([input, padding.type_as(input)], 2)
+        input = torch.cat([input.masked_fill(padding, 0.0), padding.type_as(input)], 2)
         forward = _words_first(padding_mask)
         lengths = padding_mask.logical_not().sum(1)
         backward = forward.gather(
-            0, (lengths - 1 - torch.arange(len(forward), device=forward.device)[:, None]) % len(forward)
+            0, (lengths - 1 - torch.arange(steps, device=input.device).unsqueeze(1)) % steps
         )
-        last = (lengths - 1).clamp(min=0)[None, :, None].expand(1, -1, size)
-        outputs, states = [], []
-        for i, (weight_ih, *weights) in enumerate(self.rnn.all_weights):
-            order = (backward if i else forward).unsqueeze(2)
+        last = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, size)
+        weights = self.rnn._flat_weights if torch.jit.is_scripting() else self._weights()
+        outputs: List[Tensor] = []
+        states: List[Tensor] = []
+        for i in range(len(weights) // 4):
+            parameters = weights[4 * i : 4 * i + 4]
+            parameters[0] = torch.cat([parameters[0], shut], 1)
+            order = (backward if i > 0 else forward).unsqueeze(2)
             x = input.gather(0, order.expand_as(input))
-            state = input.new_zeros(1, len(lengths), (1 + lstm) * size) if hx is None else hx[i : i + 1]
-            arguments = (torch.cat([weight_ih, shut], 1), *weights), True, 1, 0.0, False, False, False
-            if lstm:
+            if hx is None:
+                state = input.new_zeros([1, batch, 2 * size if self.lstm else size])
+            else:
+                state = hx[i : i + 1].contiguous()
+            if self.lstm:
                 h, c = state.chunk(2, 2)
-                output, _, c = torch.lstm(x, (h.contiguous(), c.contiguous()), *arguments)
-                h = output.gather(0, last).where(lengths.gt(0)[:, None], h)
+                hc = [h.contiguous(), c.contiguous()]
+                output, _, c = torch.lstm(x, hc, parameters, True, 1, 0.0, False, False, False)
+                h = output.gather(0, last).where(lengths.gt(0).unsqueeze(1), h)
                 state = torch.cat([h, c], 2)
             else:
-                output, state = torch.gru(x, state.contiguous(), *arguments)
+                output, state = torch.gru(x, state, parameters, True, 1, 0.0, False, False, False)
             order = order.expand_as(output)
-            outputs.append(torch.zeros_like(output).scatter(0, order, output).masked_fill(padding, 0))
+            outputs.append(torch.zeros_like(output).scatter(0, order, output).masked_fill(padding, 0.0))
             states.append(state)
         return torch.cat(outputs, 2), torch.cat(states)
+
+
+def _check(
+    input: Tensor, hx: Optional[Tensor], width: int, state: Tuple[int, int], parameter: Tensor
+) -> None:
+    """Raise unless ``input`` is (T, B, width), T > 0, and hx, if given, (D, B, S) of a state (D, S)."""
+    check_sequences("input", input, width, parameter)
+    if len(input) == 0:
+        raise ValueError("input must have a step at least, got none")
+    if hx is not None:
+        check_like("hx", hx, parameter)
+        shape = [state[0], input.size(1), state[1]]
+        if list(hx.shape) != shape:
+            raise ValueError(f"hx must have shape {shape}, got {list(hx.shape)}")
 
 
 def _words_first(padding_mask: Tensor) -> Tensor:
@@ -288,6 +347,8 @@ class LockedDropout(nn.Dropout1d):
 
     def forward(self, input: Tensor) -> Tensor:
         """Return (T, B, C) with the same channels of a sequence zeroed throughout."""
+        if input.dim() != 3:
+            raise ValueError(f"input must have shape (T, B, C), got {list(input.shape)}")
         return super().forward(input.permute(1, 2, 0)).permute(2, 0, 1)
 
 
@@ -298,14 +359,14 @@ class StackedRecurrent(nn.Module):
         cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
         input_size: width of the input
         hidden_size: H, of each direction
-        num_layers: number of layers
+        num_layers: number of layers, at least 1
         bidirectional: with a direction against time, so that D is 2 instead of 1
         dropout: probability with which an input of a layer above the first is zero at every position of a
             sequence (Gal and Ghahramani, NeurIPS 2016)
         activation: "tanh" or "identity", of lrn and olrn; the others have their own
 
     Raises:
-        ValueError: there is no such cell, or it has no such activation
+        ValueError: there is no such cell or number of layers, or it has no such activation
     """
 
     def __init__(
@@ -320,6 +381,8 @@ class StackedRecurrent(nn.Module):
         activation: str = "tanh",
     ) -> None:
         super().__init__()
+        if num_layers < 1:
+            raise ValueError(f"num_layers must be at least 1, got {num_layers}")
         self.output_size = hidden_size * (1 + bidirectional)
         self.layers = nn.ModuleList(
             build_recurrent(cell, size, hidden_size, bidirectional, activation)
@@ -332,8 +395,11 @@ class StackedRecurrent(nn.Module):
         input: Tensor,
         states: Optional[List[Tensor]] = None,
         padding_mask: Optional[Tensor] = None,
+        outputs: Optional[List[Tensor]] = None,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Run all layers over (T, B, input_size); ``padding_mask`` (B, T) is True at padding.
+
+        Where ``outputs`` is a list, each layer's output is added to it.
 
         Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H), which
         are what ``states`` takes; zeros if None.
@@ -344,4 +410,6 @@ class StackedRecurrent(nn.Module):
                 input = self.dropout(input)
             input, state = layer(input, None if states is None else states[i], padding_mask)
             last.append(state)
+            if outputs is not None:
+                outputs.append(input)
         return input, last

@@ -6,26 +6,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ._library import loaded
+from ._library import eager, loaded
 
 
 def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """``F.linear``, in float32 on the CPU by oneDNN where PyTorch's own choice, MKL, is slower.
 
-    That is on processors with AVX-512 that are not Intel's, for 32 rows and more. TorchScript,
-    ``torch.compile`` and autocast get ``F.linear``.
+    That is on processors with AVX-512 that are not Intel's, for 32 rows and more. TorchScript, traced or
+    scripted, ``torch.compile``, autocast and layouts other than strided get ``F.linear``.
 
     Args:
-        input: (..., in)
+        input: (..., in), any strides
         weight: (out, in)
         bias: (out,), or None
 
     Returns:
         (..., out)
+
+    Raises:
+        ValueError: bias has another shape, which ``F.linear`` might expand
+        RuntimeError: the others do not fit each other, as in ``F.linear``
     """
+    if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
+        raise ValueError(f"bias must have shape {[weight.size(0)]}, but has {list(bias.shape)}")
     if not torch.jit.is_scripting():
         plain = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
-        special = torch.compiler.is_compiling() or torch._C._is_any_autocast_enabled()
-        if loaded and plain and input.dim() > 1 and not special:
+        dense = input.layout == weight.layout == torch.strided and not input.is_nested
+        special = torch._C._is_any_autocast_enabled() or not eager()
+        if loaded and plain and dense and not special and input.dim() > 1:
             return torch.ops.fairseq_lrn.linear(input, weight, bias)
     return F.linear(input, weight, bias)

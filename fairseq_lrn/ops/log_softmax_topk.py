@@ -24,8 +24,13 @@ def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tup
         are NaN or too few finite ones are left, the log-probability is minus infinity
 
     Raises:
-        ValueError: ``scores`` has not two axes, or ``k`` or ``exclude`` does not fit them
+        TypeError: ``scores`` are not floating
+        ValueError: ``scores`` are not strided or have not two axes, or ``k`` or ``exclude`` does not fit them
     """
+    if not scores.is_floating_point():
+        raise TypeError(f"scores must be of a floating dtype, got {scores.dtype}")
+    if scores.layout != torch.strided or scores.is_nested:
+        raise ValueError(f"scores must be strided, got {'nested' if scores.is_nested else scores.layout}")
     if scores.dim() != 2:
         raise ValueError(f"scores must have 2 axes (N, V), got {scores.dim()}")
     if not 0 < k <= scores.size(1) - len(exclude):

@@ -1,8 +1,11 @@
 """fairseq tasks, where fairseq has none that fits; importing this package registers them."""
 
+from .. import fairseq_patches
 from .reading_comprehension import ReadingComprehensionTask
 from .tagging import TaggingTask
 from .translation import LRNTranslationTask
 from .truncated_bptt_lm import TruncatedBPTTLMTask
 
 __all__ = ["LRNTranslationTask", "ReadingComprehensionTask", "TaggingTask", "TruncatedBPTTLMTask"]
+
+fairseq_patches.apply()

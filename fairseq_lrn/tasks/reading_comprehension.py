@@ -6,7 +6,7 @@ import re
 import string
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Set, Tuple
 
 import numpy as np
 import torch
@@ -15,11 +15,11 @@ from fairseq.data import Dictionary, FairseqDataset
 from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.modules.character_token_embedder import CHAR_PAD_IDX
-from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks import register_task
 from omegaconf import MISSING
 from torch import Tensor
 
-from .words import collate, encode_chars, encode_words
+from .words import WordTask, collate, encode_chars, encode_words, read_lines
 
 
 @dataclass
@@ -29,12 +29,14 @@ class ReadingComprehensionConfig(FairseqDataclass):
     data: str = field(
         default=MISSING, metadata={"help": "folder made by examples/reading_comprehension/squad.py"}
     )
-    max_word_length: int = field(default=16, metadata={"help": "bytes read of each word"})
+    max_word_length: int = field(
+        default=16, metadata={"help": "bytes read of each word; a trained model reads as many as before"}
+    )
     max_answer_length: int = field(default=30, metadata={"help": "most tokens of a predicted answer"})
 
 
 @register_task("reading_comprehension", dataclass=ReadingComprehensionConfig)
-class ReadingComprehensionTask(FairseqTask):
+class ReadingComprehensionTask(WordTask):
     """Find the answer to a question as a span of a passage (SQuAD 1.1; Rajpurkar et al., EMNLP 2016).
 
     The model scores each token as the first and as the last one of the answer, (B, 2, T); with
@@ -67,17 +69,27 @@ class ReadingComprehensionTask(FairseqTask):
         return None
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
-        """Load ``split`` from ``SPLIT.passages`` and ``SPLIT.questions``, one JSON object a line."""
-        rows = []
-        for kind in ("passages", "questions"):
-            with open(os.path.join(self.cfg.data, f"{split}.{kind}"), encoding="utf-8") as file:
-                rows.append([json.loads(line) for line in file])
+        """Load ``split`` from ``SPLIT.passages`` and ``SPLIT.questions``, one JSON object a line.
+
+        Raises:
+            ValueError: as :func:`read_examples`
+        """
+        rows = read_examples(os.path.join(self.cfg.data, split))
         self.datasets[split] = ReadingComprehensionDataset(*rows, self.dictionary, self.cfg.max_word_length)
 
     def predict(self, sample: Dict[str, Any], model: Any) -> Dict[str, str]:
-        """Return {id: answer} of a batch's questions, each answer the characters of the passage."""
+        """Return {id: answer} of a batch's questions, each answer the characters of the passage.
+
+        Raises:
+            ValueError: a question's scores are not numbers
+        """
         with torch.no_grad():
             lprobs = model.get_normalized_probs(model(**sample["net_input"]), log_probs=True)
+        for example, wrong in zip(sample["examples"], lprobs.isnan().flatten(1).any(1).tolist()):
+            if wrong:
+                raise ValueError(
+                    f"question {example['id']} has no answer, as its scores are NaN: the model diverged"
+                )
         spans = best_spans(lprobs, self.cfg.max_answer_length).tolist()
         answers = {}
         for example, (first, last) in zip(sample["examples"], spans):
@@ -176,6 +188,52 @@ class ReadingComprehensionDataset(FairseqDataset):
         """Return the questions by the length of the passage, those of equal length shuffled."""
         indices = np.random.permutation(len(self))
         return indices[np.argsort(self.sizes[indices], kind="stable")]
+
+
+def read_examples(prefix: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
+    """Read ``PREFIX.passages`` and ``PREFIX.questions``, as :class:`ReadingComprehensionDataset` takes them.
+
+    Raises:
+        ValueError: a line is not in UTF-8 or no JSON object of the keys that are needed, has no words or no
+            answers, a passage that is not there, a span outside of it, or an id that another question has
+    """
+    passages, questions = [], []
+    ids = set()
+    for kind, rows, keys in (
+        ("passages", passages, {"text", "tokens"}),
+        ("questions", questions, {"id", "tokens", "passage", "span", "answers"}),
+    ):
+        path = f"{prefix}.{kind}"
+        for number, line in enumerate(read_lines(path), 1):
+            try:
+                row = json.loads(line)
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: {error}") from error
+            missing = sorted(keys.difference(row if isinstance(row, dict) else ()))
+            problem = f"has no {', '.join(missing)}" if missing else _find_problem(row, passages, ids)
+            if problem:
+                raise ValueError(f"{path}, line {number}, {problem}")
+            rows.append(row)
+    return passages, questions
+
+
+def _find_problem(row: Dict[str, Any], passages: List[Dict[str, Any]], ids: Set[str]) -> str:
+    """Say what is wrong with a passage or a question; nothing if all is right."""
+    if not row["tokens"]:
+        return "has no words"
+    if "text" in row:
+        return ""
+    if not row["answers"]:
+        return "has no answers"
+    if not 0 <= row["passage"] < len(passages):
+        return f"has the passage {row['passage']}, but there are {len(passages)}"
+    words, (first, last) = len(passages[row["passage"]]["tokens"]), row["span"]
+    if not 0 <= first <= last < words:
+        return f"has the span {first} to {last}, but the words of its passage are 0 to {words - 1}"
+    if row["id"] in ids:
+        return f"has the id {row['id']}, which another question has"
+    ids.add(row["id"])
+    return ""
 
 
 def _words(passage: Dict[str, Any]) -> List[str]:

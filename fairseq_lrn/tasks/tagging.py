@@ -12,12 +12,12 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from fairseq.modules.character_token_embedder import CHAR_PAD_IDX
-from fairseq.tasks import FairseqTask, register_task
+from fairseq.tasks import register_task
 from fairseq.tokenizer import tokenize_line
 from omegaconf import MISSING
 from torch import Tensor
 
-from .words import collate, encode_chars, encode_words
+from .words import WordTask, collate, encode_chars, encode_words, read_lines
 
 
 @dataclass
@@ -29,7 +29,7 @@ class TaggingConfig(FairseqDataclass):
         metadata={"help": "folder that fairseq-preprocess -s words -t tags --dataset-impl raw wrote"},
     )
     max_word_length: int = field(
-        default=20, metadata={"help": "bytes read of each word, the same as in training"}
+        default=20, metadata={"help": "bytes read of each word; a trained model reads as many as before"}
     )
 
 
@@ -84,18 +84,26 @@ class ViterbiGenerator:
     symbols_to_strip_from_output = frozenset()
 
     def __init__(self, dictionary: Dictionary) -> None:
+        self.dictionary = dictionary
         self.eos = dictionary.eos()
 
     def generate(self, models: Sequence[Any], sample: Dict[str, Any], **_: Any) -> List[List[Dict[str, Any]]]:
         """Return one hypothesis a sentence: ``tokens`` (T_i,), ids of tags, and ``score``, log-probability.
 
         Raises:
-            ValueError: several models
+            ValueError: several models, or a sentence whose scores are not numbers
         """
         if len(models) != 1:
             raise ValueError(f"--path names {len(models)} checkpoints, but tagging takes one")
         net_input = sample["net_input"]
         decoded = models[0].decode(models[0](**net_input))
+        for words, (tags, score) in zip(net_input["src_tokens"], decoded):
+            if not torch.isfinite(score):
+                sentence = self.dictionary.string(words[: len(tags)])
+                raise ValueError(
+                    f"the sentence {sentence!r} has no tags, as its score is {score.item()}: the model "
+                    "diverged"
+                )
         return [
             [
                 {
@@ -110,7 +118,7 @@ class ViterbiGenerator:
 
 
 @register_task("tagging", dataclass=TaggingConfig)
-class TaggingTask(FairseqTask):
+class TaggingTask(WordTask):
     """Give each word of a sentence a tag; validation reports the F1 of the entities that the tags spell.
 
     Entities are seqeval's ``get_entities`` of tags in IOBES (or IOB2), counted over the whole data.
@@ -147,7 +155,7 @@ class TaggingTask(FairseqTask):
         """Load ``split``.words-tags.words and ``split``.words-tags.tags, as :class:`TaggingDataset`.
 
         Raises:
-            ValueError: a line has no words, not as many tags as words, or a tag that is not in the dictionary
+            ValueError: as :func:`read_sentences`
         """
         prefix = os.path.join(self.cfg.data, f"{split}.words-tags")
         sentences, tags = read_sentences(f"{prefix}.words", f"{prefix}.tags", self.tag_dictionary)
@@ -245,25 +253,23 @@ def read_sentences(
     """Read a file of words and one of tags, separated by blanks, a sentence a line: words, and ids of tags.
 
     Raises:
-        ValueError: a line has no words, not as many tags as words, or a tag that is not in the dictionary
+        ValueError: a line has no words, not as many tags as words, a tag that is not in the dictionary, or is
+            not in UTF-8
     """
     sentences, tag_ids = [], []
-    with open(words_path, encoding="utf-8") as words_file, open(tags_path, encoding="utf-8") as tags_file:
-        for number, lines in enumerate(zip_longest(words_file, tags_file, fillvalue=""), 1):
-            words, tags = map(tokenize_line, lines)
-            if len(words) != len(tags):
-                raise ValueError(
-                    f"{words_path}, line {number}, has {len(words)} words, "
-                    f"but {tags_path} has {len(tags)} tags"
-                )
-            if not words:
-                raise ValueError(f"{words_path}, line {number}, has no words")
-            ids = [tag_dictionary.index(tag) for tag in tags]
-            if min(ids) < tag_dictionary.nspecial:
-                tag = tags[ids.index(min(ids))]
-                raise ValueError(
-                    f"{tags_path}, line {number}, has the tag {tag}, which dict.tags.txt has not"
-                )
-            sentences.append(words)
-            tag_ids.append(torch.tensor(ids))
+    lines = zip_longest(read_lines(words_path), read_lines(tags_path), fillvalue="")
+    for number, pair in enumerate(lines, 1):
+        words, tags = map(tokenize_line, pair)
+        if len(words) != len(tags):
+            raise ValueError(
+                f"{words_path}, line {number}, has {len(words)} words, but {tags_path} has {len(tags)} tags"
+            )
+        if not words:
+            raise ValueError(f"{words_path}, line {number}, has no words")
+        ids = [tag_dictionary.index(tag) for tag in tags]
+        if min(ids) < tag_dictionary.nspecial:
+            tag = tags[ids.index(min(ids))]
+            raise ValueError(f"{tags_path}, line {number}, has the tag {tag}, which dict.tags.txt has not")
+        sentences.append(words)
+        tag_ids.append(torch.tensor(ids))
     return sentences, tag_ids

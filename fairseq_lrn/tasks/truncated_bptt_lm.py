@@ -39,18 +39,66 @@ class TruncatedBPTTLMTask(LanguageModelingTask):
             )
         return model
 
+    def load_dataset(self, split: str, **kwargs: Any) -> None:
+        """As fairseq's.
+
+        Raises:
+            ValueError: an option leaves words out of the text or puts others in, or blocks have no words
+        """
+        cfg, special = self.args, self.dictionary.nspecial
+        for wrong, message in (
+            (cfg.add_bos_token, "--add-bos-token is given, but must not be: it puts <s> before each block"),
+            (cfg.pad_to_fixed_bsz, "--pad-to-fixed-bsz is given, but must not be: streams end one by one"),
+            (
+                cfg.sample_break_mode == "complete_doc",
+                "--sample-break-mode is complete_doc, which leaves out empty lines, but must be none, "
+                "complete or eos",
+            ),
+            (
+                cfg.shorten_method != "none",
+                f"--shorten-method is {cfg.shorten_method}, which leaves out words, but must be none",
+            ),
+            (
+                cfg.max_target_positions is not None,
+                f"--max-target-positions is {cfg.max_target_positions}, but must not be given: "
+                "--tokens-per-sample is the length of a block",
+            ),
+            (
+                cfg.tokens_per_sample < 1,
+                f"--tokens-per-sample is {cfg.tokens_per_sample}, but must be positive",
+            ),
+            (
+                0 <= cfg.output_dictionary_size <= special,
+                f"--output-dictionary-size is {cfg.output_dictionary_size}, but must be more than {special}, "
+                "the number of symbols that a dictionary begins with",
+            ),
+        ):
+            if wrong:
+                raise ValueError(message)
+        super().load_dataset(split, **kwargs)
+
     def get_batch_iterator(
-        self, dataset: FairseqDataset, max_sentences: Optional[int] = None, **kwargs: Any
+        self,
+        dataset: FairseqDataset,
+        max_tokens: Optional[int] = None,
+        max_sentences: Optional[int] = None,
+        **kwargs: Any,
     ) -> EpochBatchIterator:
         """As fairseq's; batches of a text also have ``block`` in their ``net_input``.
 
         Raises:
-            ValueError: ``max_sentences`` is None
+            ValueError: ``max_sentences`` is None, or as many blocks have more than ``max_tokens`` words
         """
         if not isinstance(dataset, MonolingualDataset):  # sentences to score or to go on with
-            return super().get_batch_iterator(dataset, max_sentences=max_sentences, **kwargs)
+            return super().get_batch_iterator(dataset, max_tokens, max_sentences, **kwargs)
         if max_sentences is None:
             raise ValueError("--batch-size, the number of streams of text, is not given, but must be")
+        longest = int(dataset.sizes.max(initial=0))
+        if max_tokens is not None and max_sentences * longest > max_tokens:
+            raise ValueError(
+                f"--max-tokens is {max_tokens}, but must be at least {max_sentences * longest}, "
+                f"--batch-size times the {longest} words of the longest block"
+            )
         num_shards = kwargs.get("num_shards", 1)
         streams = np.array_split(np.arange(len(dataset)), max_sentences * num_shards)
         blocks = np.concatenate([np.arange(len(stream)) for stream in streams])
@@ -72,12 +120,24 @@ class TruncatedBPTTLMTask(LanguageModelingTask):
             skip_remainder_batch=kwargs.get("skip_remainder_batch", False),
         )
 
-    def eval_lm_dataloader(self, dataset: FairseqDataset, context_window: int = 0, **kwargs: Any):
-        """As fairseq's, but the text is one stream.
+    def eval_lm_dataloader(
+        self,
+        dataset: FairseqDataset,
+        max_tokens: Optional[int] = None,
+        num_shards: int = 1,
+        context_window: int = 0,
+        **kwargs: Any,
+    ):
+        """As fairseq's, but the text is one stream, whose blocks may have more than ``max_tokens`` words.
 
         Raises:
-            ValueError: there is a context window, which would read words twice
+            ValueError: there is a context window, which would read words twice, or several shards
         """
+        if num_shards > 1:
+            raise ValueError(
+                f"--num-shards or --distributed-world-size is {num_shards}, but must be 1: the text is one "
+                "stream"
+            )
         if context_window > 0:
             raise ValueError(f"--context-window is {context_window}, but must be 0: the state is carried")
         return self.get_batch_iterator(dataset, max_sentences=1, **kwargs).next_epoch_itr(shuffle=False)

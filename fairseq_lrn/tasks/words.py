@@ -1,11 +1,55 @@
-"""Sentences of words as tensors: ids and bytes, alone and in batches."""
+"""Words for the tasks that read them with their bytes: files, tensors, and what the tasks share."""
 
-from typing import List, Sequence
+import logging
+from typing import Any, Dict, Iterator, List, Sequence
 
 import torch
 from fairseq.data import Dictionary
 from fairseq.modules.character_token_embedder import CHAR_PAD_IDX
+from fairseq.tasks import FairseqTask
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class WordTask(FairseqTask):
+    """A task that reads ``cfg.max_word_length`` bytes of each word; a trained model reads as many as before.
+
+    Raises:
+        ValueError: ``cfg.max_word_length`` is not positive
+    """
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__(cfg)
+        if cfg.max_word_length < 1:
+            raise ValueError(f"--max-word-length is {cfg.max_word_length}, but must be positive")
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what a checkpoint keeps of the task: ``max_word_length``."""
+        return {**super().state_dict(), "max_word_length": self.cfg.max_word_length}
+
+    def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Take ``max_word_length`` from a checkpoint, before its model is built."""
+        state_dict = dict(state_dict)
+        saved = state_dict.pop("max_word_length", self.cfg.max_word_length)
+        if saved != self.cfg.max_word_length:
+            logger.warning("--max-word-length is %d, as in training, not %d", saved, self.cfg.max_word_length)
+            self.cfg.max_word_length = saved
+        super().load_state_dict(state_dict)
+
+
+def read_lines(path: str) -> Iterator[str]:
+    """Yield the lines of a file in UTF-8, without their ends.
+
+    Raises:
+        ValueError: a line is not in UTF-8
+    """
+    with open(path, "rb") as file:  # as text, lines would end at a carriage return too
+        for number, line in enumerate(file, 1):
+            try:
+                yield line.decode("utf-8").rstrip("\r\n")
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{path}, line {number}, is not in UTF-8: {error.reason}") from error
 
 
 def encode_words(words: Sequence[str], dictionary: Dictionary) -> Tensor:

@@ -1,5 +1,6 @@
 """examples/analysis: the weights against the states they must sum to, and the command."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ANALYSIS = ROOT / "examples" / "analysis"
 sys.path.insert(0, str(ANALYSIS))
 
+import plot  # noqa: E402
 from plot import unroll  # noqa: E402
 
 from fairseq_lrn.ops import lrn_scan_reference  # noqa: E402
@@ -30,6 +32,23 @@ def test_weighted_values_sum_to_the_states(activation, output_gate):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["model.pt", "bin", "spm.model"], "there is no model.pt"),
+        ([__file__, "bin", "spm.model"], "there is no bin"),
+        ([__file__, ROOT, "spm.model"], "there is no spm.model"),
+        ([__file__, ROOT, __file__, "--output", __file__], "a file, but must be a folder"),
+    ],
+)
+def test_what_is_missing_is_named(monkeypatch, capsys, arguments, words):
+    command = ["plot.py", *arguments[:3], "5 minutes", *arguments[3:]]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit):
+        plot.main()
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     ("options", "words"),
     [
         (["--format", "svg"], None),
@@ -47,10 +66,13 @@ def test_command(run, data, corpus, tmp_path, cell, options, words):
         "--num-workers", 0, "--save-dir", tmp_path)  # fmt: skip
     if cell == "gru":
         words = "the model's cell is gru, but only lrn and olrn can be unrolled"
-    command = [ANALYSIS / "plot.py", tmp_path / "checkpoint_last.pt", data, corpus / "spm.model", "5 minutes"]
-    output = run(*command, "--output", tmp_path / "pictures", *options, check=words is None)
+    command = [ANALYSIS / "plot.py", tmp_path / "checkpoint_last.pt", data, corpus / "spm.model"]
+    output = run(*command, "5 minutes", "--output", tmp_path / "pictures", *options, check=words is None)
     if words is None:
         for name in ("memory", "attention"):
             assert "</svg>" in (tmp_path / "pictures" / f"{name}.svg").read_text(encoding="utf-8")
+        if "--side" not in options:  # a model that never ends a sentence is cut
+            last = run(*command, "5 minutes " * 150, check=False).splitlines()[-1]
+            assert re.search(r"the sentence has \d+ tokens, but a picture shows at most 100", last)
     else:
         assert words in output

@@ -12,6 +12,7 @@ import torch
 from batches import dictionary
 from recipes import Recipe, assert_trains_the_same, lines, table, times, write
 
+import fairseq_lrn.tasks  # noqa: F401  registers them
 from fairseq_lrn.models import LRNLanguageModel
 from fairseq_lrn.models.lrn_lm import LRNLanguageModelConfig
 
@@ -135,6 +136,36 @@ def test_learning_from_the_text_lowers_its_perplexity(evaluate):
         loss, counted = evaluate("--update", update, *options)
         assert loss < static - 0.05
         assert counted == words
+
+
+@pytest.mark.parametrize("update", ["sgd", "rms"])
+def test_a_model_that_diverges_is_an_error(run, recipe, done, update):
+    out = run(
+        EXAMPLE / "dynamic_eval.py", recipe.work / "bin", "--user-dir", ROOT / "fairseq_lrn", "--cpu",
+        "--path", recipe.work / "lrn/checkpoint_best.pt", "--gen-subset", "test", "--update", update,
+        "--learning-rate", 1e9, "--tokens-per-sample", 100, "--batch-size", 20, check=False,
+    )  # fmt: skip
+    assert re.fullmatch(r"the loss of a word in block \d+ is \S+: the model diverged", out.splitlines()[-1])
+    assert "Perplexity" not in out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--learning-rate", -1], "--learning-rate is -1.0, but must be 0 or positive"),
+        (["--decay", 2], "--decay is 2.0, but must be from 0 to 1"),
+        (["--epsilon", 0], "--epsilon is 0.0, but must be positive"),
+        (["--task", "language_modeling"], "--task is language_modeling, but must be truncated_bptt_lm"),
+        (["--remove-bpe"], "--post-process is given, but dynamic evaluation does not know it"),
+        ([], "--path, a checkpoint, is not given, but must be"),
+    ],
+)
+def test_wrong_arguments_are_refused(monkeypatch, capsys, options, message):
+    command = ["dynamic_eval.py", "bin", *options, *(["--path", "model.pt"] if options else [])]
+    monkeypatch.setattr(sys, "argv", [str(word) for word in command])
+    with pytest.raises(SystemExit):
+        dynamic_eval.main()
+    assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 class Line(torch.nn.Module):

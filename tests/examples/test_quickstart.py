@@ -1,6 +1,8 @@
 """The quickstart's corpus, and the steps its script is made of."""
 
+import fcntl
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -88,7 +90,7 @@ def test_unfinished_step_starts_over_or_resumes(tmp_path, resumes):
         if len(seen) < 3:
             raise KeyboardInterrupt if len(seen) == 1 else OSError("disk full")
 
-    for message in ("Interrupted in step 'Train'", "Step 'Train' failed: OSError('disk full')"):
+    for message in ("Interrupted in step 'Train'", "Step 'Train' failed: disk full"):
         with pytest.raises(SystemExit, match=re.escape(message)):
             environment.step("Train", result, ["inputs"], work, resumes)
     environment.step("Train", result, ["inputs"], work, resumes)
@@ -116,3 +118,61 @@ def test_failing_command_says_which_step_and_why(tmp_path, capfd):
 def test_missing_command_says_which_step_and_why(tmp_path):
     with pytest.raises(SystemExit, match="Step 'Go' failed: no-such-command cannot be started"):
         environment.attempt("Go", lambda: environment.run(["no-such-command"], tmp_path / "log"))
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with the README's two commands, but without what they need."""
+    shutil.copytree(EXAMPLES / "quickstart", tmp_path / "examples" / "quickstart")
+    shutil.copy(EXAMPLES / "environment.py", tmp_path / "examples")
+    (tmp_path / "tests").mkdir()
+    shutil.copy(EXAMPLES.parent / "tests" / "run.py", tmp_path / "tests")
+    for name in ("setup.py", "pyproject.toml", "constraints.txt"):
+        shutil.copy(EXAMPLES.parent / name, tmp_path)
+    return tmp_path
+
+
+def call(script, *words):
+    command = [sys.executable, "-B", script, *words]
+    return subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+
+
+@pytest.mark.parametrize("script", ["examples/quickstart/run.py", "tests/run.py"])
+def test_help_and_wrong_arguments_start_nothing(checkout, script):
+    before = sorted(checkout.rglob("*"))
+    shown = call(checkout / script, "--help")
+    assert shown.returncode == 0 and f"python3 {script}" in shown.stdout
+    for wrong in ("--hlep", "--al"):
+        refused = call(checkout / script, wrong)
+        assert refused.returncode == 2 and f"unrecognized arguments: {wrong}" in refused.stderr
+    assert sorted(checkout.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs a newer Python")
+@pytest.mark.parametrize("script", ["examples/quickstart/run.py", "tests/run.py"])
+@pytest.mark.parametrize("target", ["/proc/version", "/proc/sys"], ids=["file", "read-only"])
+def test_a_folder_that_cannot_be_written_is_named(checkout, script, target):
+    (checkout / "build").symlink_to(target)
+    done = call(checkout / script)
+    assert done.returncode == 1
+    path = checkout / "build" / "environment" / "environment.lock"
+    assert re.fullmatch(rf"{path} cannot be written: .+\n", done.stderr)
+
+
+def test_two_at_once_wait_for_one_another(tmp_path):
+    program = """
+import sys
+from pathlib import Path
+import environment
+environment.LOGS = Path(sys.argv[1])
+with environment.alone("quickstart"):
+    print("done", flush=True)
+"""
+    (tmp_path / "quickstart.lock").touch()
+    with (tmp_path / "quickstart.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        command = [sys.executable, "-c", program, tmp_path]
+        second = subprocess.Popen(command, cwd=EXAMPLES, stdout=subprocess.PIPE, text=True)
+        assert second.stdout.readline().startswith("Another process is at work here; waiting for it to end")
+        assert second.poll() is None
+    assert second.communicate()[0] == "done\n" and second.returncode == 0

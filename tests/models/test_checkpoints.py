@@ -7,14 +7,16 @@ import shutil
 import signal
 import socket
 import zipfile
+from collections import deque
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from batches import SMALL_OPTIONS
+from fairseq import checkpoint_utils
 
-import fairseq_lrn  # noqa: F401  lets torch.load read fairseq's checkpoints with weights_only=True
+import fairseq_lrn.models  # noqa: F401  lets torch.load read fairseq's checkpoints with weights_only=True
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
@@ -90,6 +92,19 @@ def test_arrays_of_other_versions_of_numpy_are_loaded(run, data, checkpoint, tmp
     run(*generate(data, tmp_path / "other.pt"))
 
 
+@pytest.mark.parametrize("dtype", ["float64", "float32", "int64", "bool"])
+def test_numbers_of_numpy_are_loaded(run, data, checkpoint, dtype, tmp_path):
+    """As --best-checkpoint-metric pearson puts them there."""
+    state = torch.load(checkpoint, weights_only=True)
+    extra = state["extra_state"]
+    extra["val_loss"] = extra["best"] = np.ones(1, dtype=dtype)[0]
+    for _, _, _, meter in extra["metrics"]["default"]:
+        meter.update((name, np.float64(value)) for name, value in meter.items() if type(value) is float)
+    torch.save(state, tmp_path / "checkpoint_last.pt")
+    out = run(*train(data, "lrn_tiny", tmp_path, 3))
+    assert "Loaded checkpoint" in out and "num_updates=3" in out
+
+
 @pytest.mark.parametrize("zipped", [True, False], ids=["zip", "pickle"])
 def test_code_in_a_checkpoint_is_refused_and_not_run(run, data, checkpoint, zipped, tmp_path):
     made, path = tmp_path / "made", tmp_path / "checkpoint_last.pt"
@@ -102,9 +117,19 @@ def test_code_in_a_checkpoint_is_refused_and_not_run(run, data, checkpoint, zipp
     for command in (generate(data, path), train(data, "lrn_tiny", tmp_path, 3)):
         last = run(*command, check=False).splitlines()[-1]
         assert last.endswith(
-            f"{path} is refused, because it holds posix.mkdir, which fairseq's checkpoints do not"
+            f"{path} is refused, because it holds posix.mkdir, which is neither data nor fairseq's"
         )
     assert not made.exists()
+
+
+def test_foreign_objects_in_a_checkpoint_are_refused(checkpoint, tmp_path):
+    path = tmp_path / "foreign.pt"
+    for foreign, name in ((Path(), "pathlib"), (np.array([None]), "numpy.dtype"), (deque(), "deque")):
+        state = torch.load(checkpoint, weights_only=True)
+        state["extra_state"]["foreign"] = foreign
+        torch.save(state, path)
+        with pytest.raises(ValueError, match=rf"{path} is refused, because it holds \S*{name}"):
+            checkpoint_utils.load_checkpoint_to_cpu(str(path))
 
 
 def truncated(checkpoint):
@@ -193,10 +218,6 @@ def test_two_processes_resume(start, run, data, tmp_path):
 
 def test_a_save_that_fails_at_first_is_whole(tmp_path):
     """A file may hold 1,000 bytes until a write has failed; fairseq then tries again."""
-    from fairseq import checkpoint_utils
-
-    import fairseq_lrn.models  # noqa: F401
-
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     before = signal.signal(signal.SIGXFSZ, lambda *_: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))

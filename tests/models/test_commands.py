@@ -41,8 +41,8 @@ def generate(run, data, checkpoint, *options):
 
 
 def weights(checkpoint):
-    # fairseq's checkpoint holds an argparse.Namespace, which the plugin allows
-    import fairseq_lrn  # noqa: F401
+    # the plugin allows what a checkpoint of fairseq's holds
+    import fairseq_lrn.models  # noqa: F401
 
     return torch.load(checkpoint, weights_only=True)["model"]
 

@@ -19,7 +19,6 @@ from fairseq import checkpoint_utils  # noqa: F401  (registers what models need)
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.sequence_generator import SequenceGenerator
 
-import fairseq_lrn  # noqa: F401
 from fairseq_lrn.models import LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
 from fairseq_lrn.modules import CELLS

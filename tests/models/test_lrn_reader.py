@@ -168,6 +168,15 @@ def test_it_learns_to_read(run, reading, tmp_path):
     right = sum(exact_match(answers[question["id"]], question["answers"][0]) for question in questions)
     assert round(100 * right / len(questions), 2) == em
 
+    # a span has no labels, so fine-tuning goes on with every weight
+    options = ["--finetune-from-model", best, "--max-answer-length", 2, "--lr", 0, "--max-update", 1]
+    run("fairseq-train", reading, *PLUGIN, *TRAIN, *options, "--save-dir", tmp_path / "tuned")
+    old, new = (
+        torch.load(path, weights_only=True)["model"]
+        for path in (best, tmp_path / "tuned" / "checkpoint_last.pt")
+    )
+    assert old.keys() == new.keys() and all(torch.equal(new[key], old[key]) for key in new)
+
 
 @pytest.mark.parametrize("cell", CELLS[1:])
 def test_every_other_unit_trains_and_validates(run, reading, tmp_path, cell):

@@ -1,7 +1,7 @@
 """What people do with fairseq's translation models, done with its lstm and transformer and with lrn.
 
-Each feature is checked through fairseq's commands, for every architecture; README.md shows their table.
-What an architecture cannot do is in EXCEPTIONS, with the reason.
+Each feature is checked through fairseq's commands: for lrn always, for the others with --all. README.md shows
+their table. What an architecture cannot do is in EXCEPTIONS, with the reason.
 """
 
 import json
@@ -798,8 +798,10 @@ def takes_long_lines(lab):
 
 @pytest.mark.parametrize("name", FEATURES, ids=[check.__name__ for check, _ in FEATURES.values()])
 @pytest.mark.parametrize("architecture", MODELS)
-def test_feature(labs, architecture, name):
+def test_feature(request, labs, architecture, name):
     check, gpus = FEATURES[name]
+    if architecture != "lrn" and not request.config.getoption("--all"):
+        pytest.skip("fairseq's own models, with --all")
     if OLD and (architecture != "lrn" or name in (DIVERSE, ENSEMBLES)):
         pytest.skip("fairseq 0.12.2 differs: with PyTorch 2 its own transformer cannot translate")
     if gpus > torch.cuda.device_count():

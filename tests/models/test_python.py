@@ -1,14 +1,12 @@
-"""The lrn model from Python: fairseq's hub interface, TorchScript, torch.compile and torch.export."""
+"""The lrn model from Python, by fairseq's hub interface; test_export.py has what PyTorch's tools take."""
 
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from batches import SMALL, SMALL_OPTIONS
+from batches import SMALL, SMALL_OPTIONS, run_without_the_package
 from fairseq.data.data_utils import collate_tokens
 from fairseq.sequence_generator import SequenceGenerator
 
@@ -77,39 +75,11 @@ def samples(hub):
     return samples
 
 
-def batch(hub, lengths, seed=1):
-    """Random sources (B, max(lengths)), padded on the left, and targets, padded on the right."""
-    generator = torch.Generator().manual_seed(seed)
-    pad, words = hub.src_dict.pad(), len(hub.src_dict)
-    source = torch.randint(4, words, (len(lengths), max(lengths)), generator=generator)
-    target = torch.randint(4, words, source.shape, generator=generator)
-    for i, length in enumerate(lengths):
-        source[i, : max(lengths) - length] = pad
-        target[i, length:] = pad
-    return source, target
-
-
 def search(generator, models, samples):
     """What is found for each batch: hypotheses of different lengths."""
     found = [generator.generate(models, sample) for sample in samples]
     assert len({len(hypothesis["tokens"]) for beams in found for beam in beams for hypothesis in beam}) > 1
     return found
-
-
-def run_without_the_package(folder, program):
-    """Run it where only PyTorch and the operators' library are; it reads what it needs from the folder."""
-    (library,) = PACKAGE.glob("_C*.so")
-    start = f"import sys, torch\ntorch.ops.load_library({str(library)!r})\n"
-    end = '\nassert not [name for name in sys.modules if name.startswith("fairseq")]\n'
-    (folder / "program.py").write_text(start + program + end)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "program.py"],
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    assert done.returncode == 0, done.stdout
 
 
 def test_hub_interface_translates_as_the_command_does(run, data, folder, hub):
@@ -150,24 +120,6 @@ print(sys.modules["fairseq_lrn"].__file__)
 
 @quiet_torchscript
 @needs_operator
-def test_torchscript_scores_without_the_package(hub, model, tmp_path):
-    batches = [batch(hub, lengths) for lengths in ([5, 9, 1], [4, 4], [1])]
-    for i, net in enumerate((hub.models[0], model)):
-        scores = [net(source, None, target)[0].detach() for source, target in batches]
-        torch.jit.script(net).save(tmp_path / f"model{i}.pt")
-        torch.save((batches, scores), tmp_path / f"data{i}.pt")
-    program = """
-for i in range(2):
-    model = torch.jit.load(f"model{i}.pt")
-    batches, scores = torch.load(f"data{i}.pt")
-    for (source, target), expected in zip(batches, scores):
-        torch.testing.assert_close(model(source, None, target)[0], expected, rtol=1e-5, atol=1e-5)
-"""
-    run_without_the_package(tmp_path, program)
-
-
-@quiet_torchscript
-@needs_operator
 @pytest.mark.parametrize("count", [1, 2], ids=["alone", "ensemble"])
 def test_torchscript_searches_without_the_package(hub, model, samples, count, tmp_path):
     models = [hub.models[0], model][:count]
@@ -179,51 +131,5 @@ def test_torchscript_searches_without_the_package(hub, model, samples, count, tm
 generator = torch.jit.load("generator.pt")
 for sample, found in zip(*torch.load("data.pt")):
     torch.testing.assert_close(generator(sample), found, rtol=1e-5, atol=1e-5)
-"""
-    run_without_the_package(tmp_path, program)
-
-
-@needs_operator
-def test_training_compiles_to_one_graph(hub, model):
-    """Whatever the batch: a step's loss and gradients are eager ones."""
-    model.train()
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    for lengths in ([5, 9, 1], [4, 4], [3, 12, 8, 7]):
-        source, target = batch(hub, lengths)
-        steps = []
-        for net in (model, compiled):
-            scores = net.get_normalized_probs(net(source, None, target), log_probs=True)
-            loss = -scores.gather(2, target.unsqueeze(2)).mean()
-            steps.append((loss, torch.autograd.grad(loss, list(model.parameters()))))
-        torch.testing.assert_close(steps[1], steps[0], rtol=1e-5, atol=1e-6)
-
-
-@needs_operator
-def test_decoding_compiles_to_one_graph(folder, samples):
-    hub = LRNModel.from_pretrained(folder, "checkpoint_last.pt")
-    (model,) = hub.models
-    generator = SequenceGenerator([model], hub.tgt_dict, beam_size=3, max_len_b=30)
-    found = search(generator, [model], samples)
-    for part in (model.encoder, model.decoder):
-        part.forward = torch.compile(part.forward, backend="aot_eager", fullgraph=True)
-    torch.testing.assert_close(search(generator, [model], samples), found, rtol=1e-5, atol=1e-5)
-
-
-@needs_operator
-def test_encoder_is_exported_for_any_batch(hub, model, tmp_path):
-    size, length = torch.export.Dim("size"), torch.export.Dim("length")
-    program = torch.export.export(
-        model.encoder, (batch(hub, [5, 9, 1])[0],), dynamic_shapes=({0: size, 1: length},)
-    )
-    torch.export.save(program, tmp_path / "encoder.pt2")
-    sources = [batch(hub, lengths)[0] for lengths in ([5, 9, 1], [3, 4], [6, 6], [7], [1], [40, 8, 3, 2])]
-    outputs = [model.encoder(source)["encoder_out"][0].detach() for source in sources]
-    torch.save((sources, outputs), tmp_path / "data.pt")
-    program = """
-encoder = torch.export.load("encoder.pt2").module()
-for source, expected in zip(*torch.load("data.pt")):
-    out = encoder(source)
-    torch.testing.assert_close(out["encoder_out"][0], expected, rtol=1e-5, atol=1e-5)
-    assert torch.equal(out["encoder_padding_mask"][0], source.eq(1))
 """
     run_without_the_package(tmp_path, program)

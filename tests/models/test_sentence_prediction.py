@@ -69,6 +69,23 @@ def trained(request, run, bins, tmp_path_factory):
     return request.param, folder, run(*command, "--max-epoch", 8, "--save-dir", folder)
 
 
+@pytest.fixture(scope="module")
+def two_labels(run, text, bins, tmp_path_factory):
+    """The same sentences with two labels instead of three."""
+    raw, folder = tmp_path_factory.mktemp("two"), tmp_path_factory.mktemp("bin2")
+    for split in SIZES:
+        labels = (text["folder"] / f"{split}.label").read_text()
+        (raw / split).write_text(labels.replace("near", "far"))
+    prefixes = [f"--{split}pref={raw / split}" for split in SIZES]
+    run("fairseq-preprocess", "--only-source", *prefixes, "--destdir", folder / "label")
+    for model in MODELS:
+        (folder / model).mkdir()
+        (folder / model / "label").symlink_to(folder / "label")
+        for data in bins[model].glob("input?"):
+            (folder / model / data.name).symlink_to(data)
+    return {model: folder / model for model in MODELS}
+
+
 def accuracies(out, split):
     return [float(x) for x in re.findall(rf"\b{split}\b.*\| accuracy ([0-9.]+)", out)]
 
@@ -129,6 +146,51 @@ def test_training_from_a_file(run, bins, tmp_path):
     )
     assert "@ 6 updates" in out
     assert (tmp_path / "checkpoint_best.pt").is_file()
+
+
+RESET = "--reset-optimizer --reset-lr-scheduler --reset-dataloader --reset-meters".split()
+
+
+@pytest.mark.parametrize(
+    "how, classes, name",
+    [("--finetune-from-model", 2, HEAD), ("--restore-file", 3, "other")],
+    ids=["other labels", "other name"],
+)
+def test_fine_tuning_begins_with_a_new_head(run, bins, two_labels, trained, tmp_path, how, classes, name):
+    """All other weights are the checkpoint's."""
+    model, folder, _ = trained
+    data = (two_labels if classes == 2 else bins)[model]
+    options = ["--num-classes", classes, "--classification-head-name", name, "--lr", 0, "--max-update", 1]
+    options += [how, folder / "checkpoint_last.pt", *(RESET if how == "--restore-file" else [])]
+    out = run("fairseq-train", data, *PLUGIN, "--arch", model, *TRAIN, *options, "--save-dir", tmp_path)
+    why = "with different dimensions than" if classes == 2 else "not present in"
+    assert f"deleting classification head ({HEAD}) from checkpoint, {why} current model" in out
+    assert f"classification head ({name}) is not in the checkpoint: it begins with new weights" in out
+    old, new = (
+        torch.load(path / "checkpoint_last.pt", weights_only=True)["model"] for path in (folder, tmp_path)
+    )
+    heads = {key for key in new if key.startswith("classification_heads.")}
+    assert {key.split(".")[1] for key in heads} == {name}
+    assert old.keys() - new.keys() == (set() if name == HEAD else {key.replace(name, HEAD) for key in heads})
+    assert new[f"classification_heads.{name}.out_proj.weight"].size(0) == classes
+    for key in new:
+        if key not in heads:
+            assert torch.equal(new[key], old[key]), key
+        elif key.endswith("dense.weight"):
+            assert not torch.equal(new[key], old[key.replace(name, HEAD)])
+
+
+def test_only_fine_tuning_begins_with_a_new_head(run, two_labels, trained, tmp_path):
+    """Resuming would go on with the optimizer's state of the old head, evaluating would guess."""
+    model, folder, _ = trained
+    command = ["fairseq-train", two_labels[model], *PLUGIN, "--arch", model, *TRAIN, "--num-classes", 2]
+    command += ["--restore-file", folder / "checkpoint_last.pt", "--max-epoch", 99, "--save-dir", tmp_path]
+    last = run(*command, check=False).splitlines()[-1]
+    assert f"classification head ({HEAD}) is not in the checkpoint that training resumes from" in last
+    command = ["fairseq-validate", two_labels[model], *PLUGIN, "--criterion", "sentence_prediction", "--cpu"]
+    command += ["--classification-head-name", "other", "--path", folder / "checkpoint_last.pt"]
+    last = run(*command, "--batch-size", 8, check=False).splitlines()[-1]
+    assert "classification head (other) is not in the checkpoint, or has other dimensions" in last
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,8 @@
 import pytest
 import torch
 from batches import DEVICES
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from fairseq_lrn.modules.dropout import dropout
 
@@ -61,7 +63,31 @@ def test_seed_decides():
     assert torch.equal(dropout(x, 0.5), first)
 
 
-def test_scripts_and_compiles():
-    x = torch.ones(1000)
-    for f in (torch.jit.script(dropout), torch.compile(dropout, fullgraph=True, backend="eager")):
-        assert 0.4 < f(x, 0.5).mean() / 2 < 0.6
+class Half(torch.nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return dropout(x, 0.5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_scripts_traces_compiles_and_transforms(dtype):
+    x, half = torch.ones(1000, dtype=dtype), Half()
+    functions = (
+        torch.jit.script(half),
+        torch.jit.trace(half, x, check_trace=False),
+        torch.compile(half, fullgraph=True, backend="aot_eager"),
+        torch.export.export(half, (x,)).module(),
+        make_fx(half)(x),
+        torch.func.vmap(half, randomness="different"),
+        lambda x: torch.func.jvp(half, (x,), (x,))[1],
+    )
+    for f in functions:
+        y = f(x)
+        assert y.dtype == dtype and set(y.unique().tolist()) == {0.0, 2.0}
+        assert 0.4 < y.mean() / 2 < 0.6
+        assert not torch.equal(y, f(x))
+
+
+def test_fake_tensors():
+    with FakeTensorMode():
+        y = dropout(torch.ones(3, 5), 0.5)
+    assert y.shape == (3, 5)

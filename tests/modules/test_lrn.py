@@ -1,6 +1,7 @@
 """LRN beside nn.GRU, whose interface it has, and beside the definition of the recurrence."""
 
 import copy
+import functools
 import io
 import pickle
 import warnings
@@ -331,6 +332,36 @@ def test_padding_content_is_never_read(options, steps, batch, seed):
     close(rnn(other, None, mask), rnn(x, None, mask), rtol=0, atol=0)
 
 
+@on_every_device
+@pytest.mark.parametrize(
+    ("options", "form"),
+    [(options, "steps first") for options in VARIANTS]
+    + [({}, form) for form in ("batch first", "one sequence", "scripted", "compiled")],
+    ids=str,
+)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@quiet_torchscript
+def test_padding_content_has_no_gradient(device, options, form, value):
+    """What is not finite at padding, or overflows, changes no output and no gradient; its own is zero."""
+    rnn = make(device, batch_first=form == "batch first", **options)
+    x, mask = torch.randn(6, 3, SIZE, device=device), torch.rand(3, 6, device=device) < 0.4
+    mask[0, 1] = True
+    if form == "one sequence":
+        x, mask = x[:, 0], mask[0]
+    padding = (mask.t() if form != "batch first" and mask.dim() > 1 else mask).unsqueeze(-1)
+    run = {"scripted": torch.jit.script, "compiled": torch.compile}.get(form, lambda rnn: rnn)(rnn)
+    results = []
+    for content in (0.0, value):
+        input = x.transpose(0, 1) if form == "batch first" else x
+        input = input.masked_fill(padding, content).requires_grad_()
+        output, h_n = run(input, None, mask)
+        (output.square().sum() + h_n.sum()).backward()
+        assert not input.grad.masked_select(padding).any()
+        results.append([output, h_n, input.grad, *(p.grad for p in rnn.parameters())])
+        rnn.zero_grad()
+    close(*results)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.sampled_from([{}, {"layer_norm": True, "output_gate": True}]), sizes, sizes, st.integers(0, 1000))
 def test_a_sequence_in_two_halves(options, first, second, seed):
@@ -492,6 +523,40 @@ def test_torchscript_inside_another_module():
     close(torch.jit.script(reader)(x), reader(x))
 
 
+@quiet_torchscript
+def test_traces_in_training():
+    rnn, x = LRN(SIZE, HIDDEN, LAYERS, dropout=0.5), torch.randn(40, 3, SIZE)
+    traced = torch.jit.trace(rnn, x, check_trace=False)
+    output, h_n = traced(x)
+    close(h_n[0], rnn(x)[1][0])
+    assert not torch.equal(output, traced(x)[0])
+    close(torch.jit.trace(rnn.eval(), x)(x), rnn(x))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.filterwarnings("ignore:lrn_scan is not built for torch.func")
+@every_variant
+def test_other_derivatives(options):
+    """Batches of gradients, torch.func and forward-mode AD give what backward() gives."""
+    rnn, x = make(**options), torch.randn(3, 2, SIZE)
+    jacobian = torch.autograd.functional.jacobian(lambda x: rnn(x)[0], x)
+    close(torch.autograd.functional.jacobian(lambda x: rnn(x)[0], x, vectorize=True), jacobian)
+    close(torch.func.jacfwd(lambda x: rnn(x)[0])(x), jacobian)
+    close(torch.func.jacrev(lambda x: rnn(x)[0])(x), jacobian)
+    loss = rnn(x)[0].square().sum()
+    names = [name for name, _ in rnn.named_parameters()]
+    expected = dict(zip(names, torch.autograd.grad(loss, list(rnn.parameters()))))
+
+    def function(parameters, x):
+        return torch.func.functional_call(rnn, parameters, (x,))[0].square().sum()
+
+    close(torch.func.grad(function)(dict(rnn.named_parameters()), x), expected)
+    each = torch.func.vmap(torch.func.grad(function), (None, 1))(
+        {name: p.detach() for name, p in rnn.named_parameters()}, x[:, :, None]
+    )
+    close({name: gradient.sum(0) for name, gradient in each.items()}, expected)
+
+
 def test_compiles_to_one_graph():
     rnn = make(bidirectional=True, layer_norm=True, batch_first=True)
     compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
@@ -627,6 +692,13 @@ BATCH, PACKED = torch.zeros(6, 3, SIZE), pack_sequence([torch.zeros(3, SIZE), to
     ("name", "input", "hx", "padding_mask"),
     [
         ("input", torch.zeros(SIZE), None, None),
+        ("input", BATCH.to_sparse(), None, None),
+        ("input", torch.nested.nested_tensor([BATCH[0]]), None, None),
+        ("input", BATCH.to(torch.complex64), None, None),
+        ("input", torch.quantize_per_tensor(BATCH, 1, 0, torch.quint8), None, None),
+        ("hx", BATCH, torch.zeros(2, 3, HIDDEN).to_sparse(), None),
+        ("padding_mask", BATCH, None, torch.zeros(3, 6, dtype=torch.bool).to_sparse()),
+        ("padding_mask", BATCH, None, torch.zeros(3, 6, dtype=torch.bool, device="meta")),
         ("input", torch.zeros(6, 3, 1, SIZE), None, None),
         ("input", torch.zeros(6, 3, SIZE + 1), None, None),
         ("input", torch.zeros(6, SIZE + 1), None, None),
@@ -651,6 +723,35 @@ BATCH, PACKED = torch.zeros(6, 3, SIZE), pack_sequence([torch.zeros(3, SIZE), to
         ("padding_mask", BATCH[:, 0], None, torch.zeros(3, 6, dtype=torch.bool)),
     ],
 )
+@quiet_torchscript
 def test_forward_refuses(name, input, hx, padding_mask):
+    rnn = LRN(SIZE, HIDDEN, LAYERS)
     with pytest.raises((TypeError, ValueError), match=f"^{name}\\b"):
-        LRN(SIZE, HIDDEN, LAYERS)(input, hx, padding_mask)
+        rnn(input, hx, padding_mask)
+    if torch.is_tensor(input):
+        with pytest.raises(torch.jit.Error, match=rf"Error: {name}\b"):
+            scripted()(input, hx, padding_mask)
+
+
+@functools.lru_cache
+def scripted():
+    return torch.jit.script(LRN(SIZE, HIDDEN, LAYERS))
+
+
+@quiet_torchscript
+def test_scripted_messages_name_dtypes():
+    rnn = torch.jit.script(LRN(SIZE, HIDDEN, LAYERS))
+    for arguments, words in (
+        ((BATCH, None, torch.zeros(3, 6).int()), "padding_mask must be torch.bool, but is torch.int32"),
+        ((BATCH.double(),), "input must be torch.float32 as the parameters are, got torch.float64"),
+        ((BATCH, torch.zeros(2, 3, HIDDEN).half()), "hx must be torch.float32 .*got torch.float16"),
+    ):
+        with pytest.raises(torch.jit.Error, match=words):
+            rnn(*arguments)
+
+
+@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 2, 2], [3, 1], [2, 2, 1, 0], [], [5, 1, -1]], ids=str)
+def test_malformed_packed_sequence(sizes):
+    packed = PackedSequence(torch.zeros(5, SIZE), torch.tensor(sizes, dtype=torch.int64))
+    with pytest.raises(ValueError, match="input must have positive batch_sizes"):
+        LRN(SIZE, HIDDEN)(packed)

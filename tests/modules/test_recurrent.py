@@ -139,6 +139,78 @@ def test_padding_does_not_matter(cell, bidirectional, side):
 
 @every_cell
 @each_way
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6, 1e300])
+def test_padding_content_has_no_gradient(cell, bidirectional, value):
+    rnn = make(cell, bidirectional)
+    mask = torch.tensor([[False, True, False, True], [False] * 4, [True, True, True, False]])
+    padding = mask.t().unsqueeze(2)
+    x, results = torch.randn(4, 3, SIZE, dtype=torch.double), []
+    for content in (0.0, value):
+        input = x.masked_fill(padding, content).requires_grad_()
+        output, h_n = rnn(input, None, mask)
+        (output.square().sum() + h_n.sum()).backward()
+        assert not input.grad.masked_select(padding).any()
+        results.append([output, h_n, input.grad, *(p.grad for p in rnn.parameters())])
+        rnn.zero_grad()
+    close(*results)
+
+
+@every_cell
+def test_any_byte_of_a_mask_but_zero_is_true(cell):
+    rnn, input = make(cell, True), torch.randn(4, 3, SIZE, dtype=torch.double)
+    bytes_ = torch.tensor([[0, 2, 0, 255], [0, 0, 0, 0], [1, 2, 64, 0]], dtype=torch.uint8)
+    output, h_n = rnn(input, None, bytes_.view(torch.bool))
+    expected, expected_state = rnn(input, None, bytes_ != 0)
+    keep = bytes_.t().eq(0).unsqueeze(2)
+    close(output * keep, expected * keep)
+    close(h_n, expected_state)
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        (torch.zeros(4, 3, dtype=torch.bool), "padding_mask must have shape \\[3, 4\\]"),
+        (torch.zeros(1, 4, dtype=torch.bool), "padding_mask must have shape \\[3, 4\\]"),
+        (torch.zeros(3, 4), "padding_mask must be torch.bool, but is torch.float32"),
+        (torch.zeros(3, 4, dtype=torch.bool, device="meta"), "padding_mask must be on cpu"),
+    ],
+)
+def test_masks_that_do_not_fit(cell, mask, words):
+    with pytest.raises((TypeError, ValueError), match=words):
+        make(cell)(torch.randn(4, 3, SIZE, dtype=torch.double), None, mask)
+
+
+GOOD = torch.zeros(4, 3, SIZE, dtype=torch.double)
+
+
+@every_cell
+@pytest.mark.parametrize(
+    ("name", "input", "hx"),
+    [
+        ("input", GOOD.float(), None),
+        ("input", GOOD.to(torch.complex64), None),
+        ("input", GOOD.to("meta"), None),
+        ("input", GOOD.to_sparse(), None),
+        ("input", torch.nested.nested_tensor([GOOD[0], GOOD[1]]), None),
+        ("input", GOOD[..., 1:], None),
+        ("input", GOOD[0, 0], None),
+        ("input", GOOD[None], None),
+        ("hx", GOOD, GOOD.float()),
+        ("hx", GOOD, GOOD.to("meta")),
+        ("hx", GOOD, GOOD[:1, :1]),
+    ],
+)
+def test_inputs_that_do_not_fit(cell, name, input, hx):
+    with pytest.raises((TypeError, ValueError), match=f"^{name} must"):
+        make(cell)(input, hx)
+    if name == "input":
+        with pytest.raises((TypeError, ValueError), match="input must"):
+            StackedRecurrent(cell, SIZE, HIDDEN, 2).double()(input)
+
+
+@every_cell
+@each_way
 def test_a_state_is_carried_over_padding(cell, bidirectional):
     rnn = make(cell, bidirectional)
     input = torch.randn(4, 2, SIZE, dtype=torch.double)
@@ -207,3 +279,8 @@ def test_locked_dropout_zeroes_a_channel_throughout():
 def test_errors(cell, activation, words):
     with pytest.raises(ValueError, match=words):
         build_recurrent(cell, 3, 4, activation=activation)
+
+
+def test_a_stack_has_layers():
+    with pytest.raises(ValueError, match="num_layers must be at least 1, got 0"):
+        StackedRecurrent("lrn", 3, 4, 0)

@@ -2,15 +2,35 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fairseq_lrn.ops import linear
 
 
-@settings(deadline=None)
-@given(st.data())
-def test_equals_the_definition(data):
+def strided(x, kind):
+    """``x`` with other strides in memory."""
+    if kind == "transposed" and x.dim() > 1:
+        return x.transpose(0, 1).contiguous().transpose(0, 1)
+    if kind == "sliced":
+        return torch.cat([x, torch.full_like(x, torch.nan)], -1)[..., : x.size(-1)]
+    if kind == "stepped":
+        return torch.stack([x, torch.full_like(x, torch.nan)], -1)[..., 0]
+    if kind == "one number" and x.numel() > 0:
+        return x.flatten()[0].expand(x.shape)
+    if kind == "one row" and x.dim() > 1 and x.size(0) > 0:
+        return x[:1].expand(x.shape)
+    if kind == "overlapping" and x.dim() == 2 and x.numel() > 0:
+        return x.new_tensor(range(x.size(0) + x.size(1))).sin().as_strided(x.shape, (1, 1))
+    return x
+
+
+STRIDES = ["same", "transposed", "sliced", "stepped", "one number", "one row", "overlapping"]
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data())
+def test_equals_the_definition(instruction_set, data):
     """Values and gradients; the operator takes 8 rows at most one way, and 32 and more another."""
     rows, columns, outputs = (data.draw(st.integers(low, high)) for low, high in ((0, 50), (1, 70), (1, 50)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
@@ -19,21 +39,89 @@ def test_equals_the_definition(data):
         torch.randn(*size, generator=generator, dtype=dtype)
         for size in ((rows, columns), (outputs, columns), (outputs,), (rows, outputs))
     )
-    if data.draw(st.booleans()):
-        x, weight, grad = (matrix.t().contiguous().t() for matrix in (x, weight, grad))
+    x, weight, bias, grad = (
+        strided(tensor, data.draw(st.sampled_from(STRIDES))) for tensor in (x, weight, bias, grad)
+    )
     shape = data.draw(st.sampled_from([(-1,), (1, -1), (-1, 1)])) if rows > 0 else (0,)
     tensors = [x.unflatten(0, shape), weight, *([bias] if data.draw(st.booleans()) else [])]
     grad = grad.unflatten(0, shape)
+    needed = data.draw(st.sets(st.integers(0, len(tensors) - 1), min_size=1))
 
     def run(function, tensors, grad):
-        tensors = [tensor.detach().requires_grad_() for tensor in tensors]
+        tensors = [tensor.detach().requires_grad_(i in needed) for i, tensor in enumerate(tensors)]
         result = function(*tensors)
-        return [result, *torch.autograd.grad(result, tensors, grad)]
+        return [result, *torch.autograd.grad(result, [tensors[i] for i in needed], grad)]
 
     expected = run(torch.nn.functional.linear, [tensor.double() for tensor in tensors], grad.double())
     for found, wanted in zip(run(torch.ops.fairseq_lrn.linear, tensors, grad), expected):
         assert found.dtype == dtype and found.shape == wanted.shape
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9, 32])
+def test_a_bias_may_lie_anywhere(rows, instruction_set):
+    x, weight = torch.zeros(rows, 16), torch.zeros(48, 16)
+    for bias in (torch.arange(96.0)[::2], torch.tensor(3.0).expand(48), torch.randn(48, 2).t()[1]):
+        for function in (linear, torch.ops.fairseq_lrn.linear):
+            assert torch.equal(function(x, weight, bias), bias.expand(rows, 48))
+
+
+@pytest.mark.parametrize("shape", [(1,), (1, 48), (48, 1), (6, 8), (96,), ()])
+def test_a_bias_of_another_shape_is_an_error(shape):
+    x, weight, bias = torch.zeros(40, 16), torch.zeros(48, 16), torch.zeros(shape)
+    with pytest.raises(RuntimeError, match="bias must have shape"):
+        torch.ops.fairseq_lrn.linear(x, weight, bias)
+    for function in (linear, torch.jit.script(linear)):
+        with pytest.raises(Exception, match=r"bias must have shape \[48\]"):
+            function(x, weight, bias)
+    with pytest.raises(Exception, match="bias must have shape"):
+        torch.compile(linear, fullgraph=True, backend="eager")(x, weight, bias)
+
+
+def test_windows_that_overlap():
+    x = torch.randn(5000).unfold(0, 8, 4)[:1200].view(30, 40, 8).requires_grad_()
+    weight = torch.randn(12, 8, requires_grad=True)
+    linear(x, weight).square().sum().backward()
+    expected = 2 * torch.nn.functional.linear(x, weight).detach().flatten(0, 1)
+    torch.testing.assert_close(weight.grad, expected.t() @ x.detach().flatten(0, 1), rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(x.grad.flatten(0, 1), expected @ weight.detach(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("rows", [3, 40])
+def test_batches_of_gradients(rows):
+    x, weight, bias = torch.randn(2, rows, 3), torch.randn(2, 3), torch.randn(2)
+    for vectorize in (False, True):
+        found = torch.autograd.functional.jacobian(linear, (x, weight, bias), vectorize=vectorize)
+        expected = torch.autograd.functional.jacobian(torch.nn.functional.linear, (x, weight, bias))
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("function", [linear, torch.ops.fairseq_lrn.linear], ids=["public", "operator"])
+def test_transforms(function):
+    """torch.func and forward-mode AD, of the public function and of the operator."""
+    definition = torch.nn.functional.linear
+    x, weight, bias = torch.randn(3, 40, 5), torch.randn(3, 4, 5), torch.randn(4)
+    tangents = tuple(torch.randn_like(tensor) for tensor in (x[0], weight[0], bias))
+    results = []
+    for f in (function, definition):
+
+        def loss(x, weight, bias, f=f):
+            return f(x, weight, bias).square().sum()
+
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(x[0], tangents[0])
+            dual = torch.autograd.forward_ad.unpack_dual(f(dual, weight[0], bias)).tangent
+        results.append(
+            [
+                torch.func.grad(loss, (0, 1, 2))(x[0], weight[0], bias),
+                torch.func.jvp(f, (x[0], weight[0], bias), tangents),
+                torch.func.vmap(f, (0, 0, None))(x, weight, bias),
+                torch.func.vmap(torch.func.grad(loss, 1), (0, None, None))(x, weight[0], bias),
+                torch.func.hessian(loss, 2)(x[0], weight[0], bias),
+                dual,
+            ]
+        )
+    torch.testing.assert_close(*results)
 
 
 def test_second_derivatives():
@@ -69,4 +157,6 @@ def test_autocast_compilers_and_other_types_get_pytorchs():
     for function in (torch.jit.script(linear), torch.compile(linear, fullgraph=True, backend="eager")):
         torch.testing.assert_close(function(x, weight, bias), expected)
     torch.testing.assert_close(linear(x[0], weight, bias), expected[0])
+    torch.testing.assert_close(linear(x.to_sparse(), weight, bias), expected)
+    torch.testing.assert_close(linear(torch.nested.nested_tensor([x, x]), weight, bias).unbind()[1], expected)
     assert linear(x.half(), weight.half()).dtype == torch.float16

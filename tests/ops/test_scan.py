@@ -92,7 +92,7 @@ def double(x):
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_definition(options, dtype, device):
+def test_definition(options, dtype, device, instruction_set):
     for size, mask in zip([1, 7, 16, 70, 129], MASKS):
         projections, state, padding, grad = make(9, 4, size, options, mask, dtype, device)
         for initial in (None, state):
@@ -103,13 +103,9 @@ def test_definition(options, dtype, device):
             assert_close(results, expected, TOLERANCE[dtype])
 
 
-def test_instruction_sets(rerun_on_instruction_set):
-    rerun_on_instruction_set("definition or not_finite or rounding or any_gate")
-
-
 @pytest.mark.parametrize("gate", ["i", "f", "o"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_any_gate(dtype, gate, device):
+def test_any_gate(dtype, gate, device, instruction_set):
     """Gates are what they should be, and their derivatives, from far below 0 to far above."""
     x = torch.linspace(-110, 110, 100_001, dtype=torch.float64).to(device, dtype)
     projections, state = torch.zeros(4, len(x)).to(x), torch.ones(1, len(x)).to(x)
@@ -137,21 +133,55 @@ def test_double_backward_is_an_error(device):
         pytest.skip("the definition can be differentiated twice")
     projections.requires_grad_()
     (first,) = torch.autograd.grad(lrn_scan(projections, state), projections, grad, create_graph=True)
-    with pytest.raises(RuntimeError, match="lrn_scan_backward is not implemented"):
+    with pytest.raises(NotImplementedError, match="lrn_scan is differentiable only once by backward"):
         first.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:lrn_scan is not built for torch.func")
+def test_transforms():
+    """torch.func and forward-mode AD give what the definition gives."""
+    results = []
+    for scan in (lrn_scan, lrn_scan_reference):
+        projections, state, mask, _ = make(4, 2, 3, {}, "anywhere")
+
+        def loss(projections, state, scan=scan, mask=mask):
+            return scan(projections, state, mask).square().sum()
+
+        with torch.autograd.forward_ad.dual_level():
+            dual = torch.autograd.forward_ad.make_dual(projections, projections.cos())
+            dual = torch.autograd.forward_ad.unpack_dual(scan(dual, state, mask)).tangent
+        results.append(
+            [
+                torch.func.grad(loss, (0, 1))(projections, state),
+                torch.func.vmap(lambda x, scan=scan: scan(x[:, None])[:, 0], 1, 1)(projections),
+                torch.func.jvp(loss, (projections, state), (projections.cos(), state.cos())),
+                torch.func.hessian(loss, 1)(projections, state),
+                dual,
+            ]
+        )
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
 @pytest.mark.parametrize("options", [{}, OPTIONS[-1]], ids=str)
-def test_opcheck(options):
-    projections, state, padding, grad = make(3, 2, 5, options, "right")
-    scan, backward = torch.ops.fairseq_lrn.lrn_scan, torch.ops.fairseq_lrn.lrn_scan_backward
-    output = scan(projections, state, padding, **options)
-    defaults = {"activation": "tanh", "output_gate": False, "reverse": False, "bidirectional": False}
-    torch.library.opcheck(backward, (grad, projections, output, state, padding), {**defaults, **options})
-    projections.requires_grad_()
-    state.requires_grad_()
-    torch.library.opcheck(scan, (projections, state, padding), options)
-    torch.library.opcheck(scan, (projections,), options)
+def test_batches_of_gradients(options):
+    projections, state, mask, _ = make(3, 2, 2, options, "right")
+    results = [
+        torch.autograd.functional.jacobian(
+            lambda x, h: lrn_scan(x, h, mask, **options), (projections, state), vectorize=vectorize
+        )
+        for vectorize in (False, True)
+    ]
+    torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize("byte", [1, 2, 255])
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+def test_any_byte_but_zero_is_true(byte, dtype, device, instruction_set):
+    projections, state, mask, grad = make(9, 4, 40, {}, "anywhere", dtype, device)
+    expected = run(lrn_scan, projections, state, mask, grad, {})
+    mask = (mask.to(torch.uint8) * byte).view(torch.bool)
+    assert all(map(torch.equal, run(lrn_scan, projections, state, mask, grad, {}), expected))
 
 
 problems = st.fixed_dictionaries(
@@ -182,7 +212,7 @@ def test_strides_do_not_matter(problem, data):
     def other_strides(x):
         if x is None:
             return None
-        kind = data.draw(st.sampled_from(["transposed", "sliced", "stepped", "gaps", "same"]))
+        kind = data.draw(st.sampled_from(["transposed", "sliced", "stepped", "gaps", "odd ends", "same"]))
         if kind == "transposed":
             return x.transpose(0, 1).contiguous().transpose(0, 1)
         if kind == "sliced":
@@ -191,6 +221,9 @@ def test_strides_do_not_matter(problem, data):
             return x.repeat_interleave(2, dim=-1)[..., ::2]
         if kind == "gaps":
             return x.repeat_interleave(3, dim=0)[1::3]
+        if kind == "odd ends" and x.dim() > 1:  # what strides of axes of one element are is not said
+            strides = [7 if n == 1 else stride for n, stride in zip(x.shape, x.stride())]
+            return x.as_strided(x.shape, strides)
         return x
 
     inputs = make(**problem)
@@ -309,7 +342,7 @@ def test_bidirectional_is_two_calls(problem):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("part", range(4))
-def test_not_finite(part, value, dtype, device):
+def test_not_finite(part, value, dtype, device, instruction_set):
     """What is not finite stays in its lane, and there is what the definition makes of it."""
     options = {"output_gate": True, "activation": "identity" if part % 2 else "tanh"}
     size, lane, time = 40, 21, 3
@@ -328,7 +361,7 @@ def test_not_finite(part, value, dtype, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_rounding(dtype, device):
+def test_half_rounding(dtype, device, instruction_set):
     """Every number of a half type is read as it is, and states are rounded as PyTorch rounds."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).to(device)
     # q = -inf and k = inf: the state is v.
@@ -390,12 +423,24 @@ M = torch.zeros(2, 5, dtype=torch.bool)
         ((X[..., :9],), {"bidirectional": True}, ValueError, "projections .*multiple of 6 "),
         ((X.long(),), {}, TypeError, "projections .*torch.int64"),
         ((X.to(torch.complex64),), {}, TypeError, "projections .*torch.complex64"),
+        ((X.to_sparse(),), {}, ValueError, "^projections must be strided"),
+        ((torch.nested.nested_tensor([X[0]]),), {}, ValueError, "^projections must not be nested"),
+        (
+            (torch.quantize_per_tensor(X, 1, 0, torch.quint8),),
+            {},
+            TypeError,
+            "projections .*(quint8|another dtype)",
+        ),
+        ((X, H.to_sparse()), {}, ValueError, "^initial_state must be strided"),
+        ((X, H.to(torch.complex64)), {}, TypeError, "initial_state must be torch.float32 .*complex64"),
+        ((X, H, M.to_sparse()), {}, ValueError, "^padding_mask must be strided"),
+        ((X.to("meta"), H.double().to("meta")), {}, TypeError, "^initial_state must be torch.float32"),
         ((X, H[:1]), {}, ValueError, "initial_state .*\\[2, 4\\].*\\[1, 4\\]"),
         ((X, H[None]), {}, ValueError, "initial_state .*\\[1, 2, 4\\]"),
         ((X, H.double()), {}, TypeError, "initial_state must be torch.float32 .*torch.float64"),
         ((X, H.to("meta")), {}, ValueError, "initial_state .*cpu.*meta"),
         ((X, H, M.t()), {}, ValueError, "padding_mask .*\\[2, 5\\].*\\[5, 2\\]"),
-        ((X, H, M.int()), {}, TypeError, "padding_mask must be bool.*torch.int32"),
+        ((X, H, M.int()), {}, TypeError, "padding_mask must be torch.bool, but is torch.int32"),
         ((X, H, M.to("meta")), {}, ValueError, "padding_mask .*cpu.*meta"),
         ((X,), {"activation": "relu"}, ValueError, "activation .*'relu'"),
         ((X,), {"reverse": True, "bidirectional": True}, ValueError, "reverse .*bidirectional"),
@@ -404,6 +449,15 @@ M = torch.zeros(2, 5, dtype=torch.bool)
 def test_bad_input(arguments, options, error, message):
     with pytest.raises(error, match=message):
         lrn_scan(*arguments, **options)
+    with pytest.raises(torch.jit.Error, match=message.replace("^", "")):
+        scripted_scan(*arguments, **options)
+    with torch.autocast("cpu", torch.bfloat16):
+        if "initial_state must be torch.float32" not in message or arguments[0].is_meta:
+            with pytest.raises(error, match=message):
+                lrn_scan(*arguments, **options)
+
+
+scripted_scan = torch.jit.script(lrn_scan)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """The task reading_comprehension: SQuAD's scores, the best spans, batches, sums over batches."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -15,6 +17,7 @@ from fairseq_lrn.tasks.reading_comprehension import (
     best_spans,
     exact_match,
     f1,
+    read_examples,
 )
 
 CASES = [  # prediction, answer, exact match, F1, by the definition of SQuAD's evaluation script
@@ -179,6 +182,56 @@ def test_scores_of_several_workers_are_summed():
         task.reduce_metrics(logs, CrossEntropyCriterion(task, sentence_avg=False))
     assert aggregate.get_smoothed_values()["em"] == 25
     assert aggregate.get_smoothed_values()["f1"] == 37.5
+
+
+def test_a_model_that_diverged_is_named():
+    task = build_task()
+    model = Stub(task.dataset("valid"), [(0, 0)] * 5)
+    model.forward = lambda **net_input: Stub.forward(model, **net_input) * torch.tensor(float("nan"))
+    with pytest.raises(ValueError, match="question q3 has no answer, as its scores are NaN"):
+        task.predict(batch(task, [3]), model)
+
+
+PASSAGE = {"text": "a b", "tokens": [[0, 1], [2, 3]]}
+QUESTION = {"id": "q", "tokens": ["who"], "passage": 0, "span": [0, 1], "answers": ["a b"]}
+
+
+def test_examples_are_read_as_they_are(tmp_path):
+    write(tmp_path, [PASSAGE], [QUESTION, {**QUESTION, "id": "r"}])
+    assert read_examples(str(tmp_path / "dev")) == ([PASSAGE], [QUESTION, {**QUESTION, "id": "r"}])
+
+
+@pytest.mark.parametrize(
+    "kind, row, message",
+    [
+        ("passages", {**PASSAGE, "tokens": []}, "dev.passages, line 2, has no words"),
+        ("passages", {"text": "a"}, "dev.passages, line 2, has no tokens"),
+        ("passages", [], "dev.passages, line 2, has no text, tokens"),
+        ("passages", None, "dev.passages, line 2, is not JSON"),
+        ("questions", {"id": "x", "tokens": ["a"]}, "line 2, has no answers, passage, span"),
+        ("questions", {**QUESTION, "tokens": []}, "dev.questions, line 2, has no words"),
+        ("questions", {**QUESTION, "id": "x", "answers": []}, "line 2, has no answers"),
+        ("questions", {**QUESTION, "id": "x", "passage": 1}, "has the passage 1, but there are 1"),
+        ("questions", {**QUESTION, "id": "x", "span": [1, 2]}, "span 1 to 2, but the words .* are 0 to 1"),
+        ("questions", {**QUESTION, "id": "x", "span": [1, 0]}, "span 1 to 0, but the words .* are 0 to 1"),
+        ("questions", QUESTION, "line 2, has the id q, which another question has"),
+    ],
+)
+def test_a_wrong_example_is_named_with_its_line(tmp_path, kind, row, message):
+    rows = {"passages": [PASSAGE], "questions": [QUESTION]}
+    rows[kind].append(row)
+    write(tmp_path, **rows)
+    if row is None:
+        (tmp_path / "dev.passages").write_text(json.dumps(PASSAGE) + "\n{\n")
+    task = build_task()
+    task.cfg.data = str(tmp_path)
+    with pytest.raises(ValueError, match=message):
+        task.load_dataset("dev")
+
+
+def write(folder, passages, questions):
+    for kind, rows in (("passages", passages), ("questions", questions)):
+        (folder / f"dev.{kind}").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def test_answers_may_not_be_empty():

@@ -133,11 +133,13 @@ def test_batches_hold_every_word_and_tag_once(data, text):
         ("a b\n", "O O\nO\n", r"words, line 2, has 0 words, but .*\.tags has 1 tags"),
         ("a b\n\nc\n", "O O\n\nO\n", r"words, line 2, has no words"),
         ("a b\n", "O S-ANIMAL\n", r"tags, line 1, has the tag S-ANIMAL, which dict.tags.txt has not"),
+        (b"a\xe4 b\n", "O O\n", r"words, line 1, is not in UTF-8: invalid continuation byte"),
         ("a b\n", "O </s>\n", r"tags, line 1, has the tag </s>, which dict.tags.txt has not"),
     ],
 )
 def test_bad_data_is_named_with_its_line(tmp_path, words, tags, message):
-    (tmp_path / "train.words-tags.words").write_text(words)
+    words = words if isinstance(words, bytes) else words.encode()
+    (tmp_path / "train.words-tags.words").write_bytes(words)
     (tmp_path / "train.words-tags.tags").write_text(tags)
     tag_dictionary = Dictionary()
     tag_dictionary.add_symbol("O")
@@ -235,6 +237,34 @@ def test_every_other_unit_trains_and_tags(run, data, tmp_path, cell):
     assert re.search(r"'valid' subset \|.* f1 \d", out)
 
 
+def test_fine_tuning_to_other_tags_begins_with_a_new_head(run, data, trained, tmp_path):
+    """All other weights are the checkpoint's; resuming and evaluating are refused."""
+    folder, _ = trained
+    for split in SIZES:
+        (tmp_path / f"{split}.words").symlink_to(data.parent / f"{split}.words")
+        tags = (data.parent / f"{split}.tags").read_text()
+        (tmp_path / f"{split}.tags").write_text(tags.replace("-ORG", "-PER"))
+    prefixes = [f"--{split}pref={tmp_path / split}" for split in SIZES]
+    run("fairseq-preprocess", "-s", "words", "-t", "tags", "--dataset-impl", "raw", "--padding-factor", 1,
+        "--srcdict", data / "dict.words.txt", *prefixes, "--destdir", tmp_path / "bin")  # fmt: skip
+    command = ["fairseq-train", tmp_path / "bin", *PLUGIN, *FIXED, *TRAIN, "--save-dir", tmp_path]
+    checkpoint = folder / "checkpoint_last.pt"
+    out = run(*command, "--lr", 0, "--max-update", 1, "--finetune-from-model", checkpoint)
+    assert "deleting tagging head from checkpoint, with different dimensions than current model" in out
+    old, new = (
+        torch.load(path / "checkpoint_last.pt", weights_only=True)["model"] for path in (folder, tmp_path)
+    )
+    kinds = Dictionary.load(str(tmp_path / "bin" / "dict.tags.txt"))
+    assert new["crf.transitions"].shape == (len(kinds) - kinds.nspecial,) * 2
+    assert old.keys() == new.keys()
+    assert all(torch.equal(new[key], old[key]) for key in new if not key.startswith(("crf.", "projection.")))
+
+    last = run(*command, "--restore-file", checkpoint, "--save-dir", tmp_path / "new", check=False)
+    assert "tagging head is not in the checkpoint that training resumes from" in last.splitlines()[-1]
+    last = run("fairseq-generate", tmp_path / "bin", *PLUGIN, *FIXED, "--path", checkpoint, check=False)
+    assert "tagging head is not in the checkpoint, or has other dimensions" in last.splitlines()[-1]
+
+
 def test_from_a_yaml_file(run, data, tmp_path):
     (tmp_path / "tagging.yaml").write_text(f"""# @package _group_
 common: {{cpu: true, user_dir: {ROOT / "fairseq_lrn"}, log_format: simple, log_interval: 1}}
@@ -249,8 +279,12 @@ checkpoint: {{save_dir: {tmp_path}, best_checkpoint_metric: f1, maximize_best_ch
 hydra: {{run: {{dir: {tmp_path}}}}}
 """)
     run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "tagging")
-    tags, _ = tags_of(generate(run, data, tmp_path / "checkpoint_last.pt", "--max-word-length", 12))
-    assert sorted(tags) == list(range(SIZES["test"]))
+    # as many bytes a word as in training, whatever the command line says
+    checkpoint = tmp_path / "checkpoint_last.pt"
+    out, same = (generate(run, data, checkpoint, "--max-word-length", length) for length in (3, 12))
+    assert "--max-word-length is 12, as in training, not 3" in out
+    assert sorted(tags_of(out)[0]) == list(range(SIZES["test"]))
+    assert tags_of(out) == tags_of(same)
 
 
 def test_sentences_that_do_not_fit_are_refused(run, data, tmp_path):
@@ -259,6 +293,20 @@ def test_sentences_that_do_not_fit_are_refused(run, data, tmp_path):
         "fairseq-train", data, *PLUGIN, *FIXED, *train, "--max-tokens", 5, "--save-dir", tmp_path, check=False
     )
     assert "should not exceed max_tokens=5" in out.splitlines()[-1]
+
+
+def test_a_model_that_diverged_is_named(run, data, trained, tmp_path):
+    state = torch.load(trained[0] / "checkpoint_last.pt", weights_only=True)
+    state["model"]["projection.bias"][0] = float("nan")
+    torch.save(state, tmp_path / "nan.pt")
+    command = ["fairseq-interactive", data, *PLUGIN, "--path", tmp_path / "nan.pt", "--cpu"]
+    out = run(*command, input="visits for .\n", check=False)
+    assert "the sentence 'visits for .' has no tags, as its score is nan" in out.splitlines()[-1]
+
+
+def test_words_must_have_bytes(data):
+    with pytest.raises(ValueError, match="--max-word-length is 0, but must be positive"):
+        make_task(data, 0)
 
 
 def test_one_checkpoint_only(run, data, trained):

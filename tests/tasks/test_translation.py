@@ -1,159 +1,73 @@
-"""The task lrn_translation finds what fairseq's own translation finds."""
+"""The task lrn_translation through fairseq's commands, and its hub interface: as fairseq's own translation.
 
-import itertools
+tests/inference/test_generator.py has its generator in Python.
+"""
+
 import re
 from pathlib import Path
 
 import pytest
-import torch
-import torch.nn as nn
-from batches import DEVICES, SMALL, SMALL_OPTIONS, sentences, task
-from fairseq.search import Sampling
-from fairseq.sequence_generator import SequenceGenerator
+import sacrebleu
+from batches import SMALL_OPTIONS
 
-from fairseq_lrn.models import DeepNMTModel, LRNModel
-from fairseq_lrn.tasks.translation import BeamSearchGenerator
+import fairseq_lrn.tasks  # noqa: F401  registers lrn_translation
+from fairseq_lrn.models import LRNModel
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
 FIXED = "--cpu --num-workers 0 --required-batch-size-multiple 1".split()
-LENGTHS = [7, 3, 11, 5, 1]
+EPOCHS = [4, 8, 12]
 
 
-def build(model_class=LRNModel, device="cpu", **options):
-    """A random model whose sentences end early, and at different lengths."""
-    torch.manual_seed(0)
-    sizes = {k: v for k, v in SMALL.items() if k in model_class.config.__dataclass_fields__}
-    model = model_class.build_model(model_class.config(**{**sizes, **options}), task()).to(device).eval()
-    source = sentences(LENGTHS, model.encoder.padding_idx, left=True).to(device)
-    with torch.no_grad():  # </s> like what is looked for on average
-        features, _ = model(source, None, source, features_only=True)
-        weight = model.decoder.output_projection.weight
-        weight.mul_(4 / weight.norm(dim=1, keepdim=True))
-        weight[2] = 4 * nn.functional.normalize(features.mean((0, 1)), dim=0)
-    lengths = torch.tensor(LENGTHS, device=device)
-    return model, {"net_input": {"src_tokens": source, "src_lengths": lengths}}
+@pytest.fixture(scope="module")
+def trained(run, data, tmp_path_factory):
+    """A small model trained with the task, and validated by BLEU, on the same sentences; and its output."""
+    folder = tmp_path_factory.mktemp("trained")
+    for file in data.iterdir():
+        if not file.name.startswith("valid."):
+            (folder / file.name).symlink_to(file)
+        if file.name.startswith("train."):
+            (folder / file.name.replace("train.", "valid.")).symlink_to(file)
+    out = run("fairseq-train", folder, *PLUGIN, *FIXED, "--task", "lrn_translation", "--arch", "lrn_tiny",
+              *SMALL_OPTIONS, "--share-all-embeddings", "--optimizer", "adam", "--lr", "0.02", "--seed", 3,
+              "--dropout", 0, "--max-tokens", 400, "--max-epoch", EPOCHS[-1], "--save-interval", EPOCHS[0],
+              "--validate-interval", EPOCHS[0], "--eval-bleu", "--eval-bleu-args",
+              '{"beam": 2, "max_len_b": 20}', "--eval-bleu-remove-bpe", "sentencepiece",
+              "--log-format", "simple", "--save-dir", folder)  # fmt: skip
+    return folder, out
 
 
-def assert_same(model, sample, generate=None, **options):
-    """Both generators find the same hypotheses, in the same order; returns them."""
-    options = {"max_len_b": 12, **options}
-    expected, found = (
-        generator([model], task().target_dictionary, **options).generate([model], sample, **(generate or {}))
-        for generator in (SequenceGenerator, BeamSearchGenerator)
-    )
-    assert [len(beam) for beam in found] == [len(beam) for beam in expected]
-    for theirs, ours in zip(*map(itertools.chain.from_iterable, (expected, found))):
-        assert set(ours) == set(theirs)
-        for name, value in theirs.items():
-            assert ours[name].device == value.device or value.numel() == 0
-            torch.testing.assert_close(ours[name], value, rtol=1e-5, atol=1e-5)
-    return found
+@pytest.fixture(scope="module")
+def checkpoint(trained):
+    return trained[0] / "checkpoint_last.pt"
 
 
-@pytest.mark.parametrize("model_class", [LRNModel, DeepNMTModel])
-@pytest.mark.parametrize("beam_size", [1, 2, 5, 25])
-@pytest.mark.parametrize("device", DEVICES)
-def test_fairseqs_hypotheses(device, beam_size, model_class):
-    found = assert_same(*build(model_class, device), beam_size=beam_size)
-    assert len({len(x["tokens"]) for beam in found for x in beam}) > 1
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_types(dtype):
-    model, sample = build()
-    found = BeamSearchGenerator([model.to(dtype)], task().target_dictionary).generate([model], sample)
-    for beam in found:
-        for x in beam:
-            assert x["attention"].dtype == x["score"].dtype == x["positional_scores"].dtype == torch.float32
+def test_validation_scores_what_fairseq_generate_scores(run, trained):
+    """With the checkpoints of these epochs; one generator, built before training, validated them all."""
+    folder, out = trained
+    validated = [float(bleu) for bleu in re.findall(r"on 'valid' subset .* bleu (\S+)", out)]
+    found = []
+    for epoch in EPOCHS:
+        out = run("fairseq-generate", folder, *PLUGIN, *FIXED, "--task", "lrn_translation",
+                  "--path", folder / f"checkpoint{epoch}.pt", "--gen-subset", "valid", "--beam", 2,
+                  "--max-len-b", 20, "--remove-bpe", "sentencepiece")  # fmt: skip
+        hypotheses = re.findall(r"^H-\d+\t\S+\t(.*)$", out.replace("<unk>", "UNKNOWNTOKENINHYP"), re.M)
+        references = re.findall(r"^T-\d+\t(.*)$", out.replace("<<unk>>", "UNKNOWNTOKENINREF"), re.M)
+        found.append(sacrebleu.corpus_bleu(hypotheses, [references]).score)
+    assert validated == pytest.approx(found, abs=0.006)
+    assert 0 < validated[0] < validated[1] < validated[2]
 
 
 @pytest.mark.parametrize(
     "options",
     [
-        {"len_penalty": 0.6},
-        {"len_penalty": 3.0, "beam_size": 3},
-        {"normalize_scores": False},
-        {"min_len": 4},
-        {"max_len_a": 0.5, "max_len_b": 2},
-        {"max_len_b": 1},
-        {"max_len": 5},
+        "--beam 1 --max-len-a 0.5 --max-len-b 3",
+        "--beam 4 --nbest 3 --lenpen 0.5 --min-len 4 --unkpen 2 --temperature 1.3",
+        "--beam 3 --nbest 2 --print-alignment hard --left-pad-source",
+        "--beam 2 --unnormalized --print-alignment soft",
+        "--beam 3 --prefix-size 2",
+        "--score-reference",
     ],
-    ids=str,
-)
-def test_options_of_the_search(options):
-    assert_same(*build(), **{"beam_size": 4, **options})
-
-
-@pytest.mark.parametrize("cell", ["lstm", "sru"])
-def test_other_units(cell):
-    assert_same(*build(cell=cell), beam_size=4)
-
-
-def test_sentences_alone():
-    model, sample = build()
-    for row in sample["net_input"]["src_tokens"].split(1):
-        words = row[row.ne(1)][None]
-        one = {"net_input": {"src_tokens": words, "src_lengths": torch.tensor([words.size(1)])}}
-        assert_same(model, one, beam_size=4)
-
-
-def test_other_first_token():
-    assert_same(*build(), {"bos_token": 7}, beam_size=3)
-
-
-def test_min_len_above_the_longest():
-    model, sample = build()
-    generator = BeamSearchGenerator([model], task().target_dictionary, min_len=9, max_len_b=8)
-    with pytest.raises(ValueError, match="--min-len is 9, but must not be above the longest, 8"):
-        generator.generate([model], sample)
-
-
-@pytest.mark.parametrize(
-    "generate, options",
-    [
-        ({"prefix_tokens": torch.tensor([[9, 5]] * len(LENGTHS))}, {}),
-        ({}, {"temperature": 1.5}),
-        ({}, {"unk_penalty": 3.0}),
-        ({}, {"no_repeat_ngram_size": 1}),
-        ({}, {"tokens_to_suppress": ["w3", "w4"]}),
-        ({}, {"beam_size": 60}),
-    ],
-    ids=str,
-)
-def test_all_else_goes_fairseqs_way(generate, options):
-    assert_same(*build(), generate, **{"beam_size": 3, **options})
-
-
-def test_ensembles_and_sampling_go_fairseqs_way():
-    model, sample = build()
-    dictionary = task().target_dictionary
-    found = []
-    for generator in (SequenceGenerator, BeamSearchGenerator):
-        torch.manual_seed(1)
-        search = Sampling(dictionary)
-        sampled = generator([model], dictionary, beam_size=2, max_len_b=9, search_strategy=search)
-        both = generator([model, build(cell="olrn")[0]], dictionary, beam_size=2, max_len_b=9)
-        found.append([x.generate(None, sample) for x in (sampled, both)])
-    words = [[[x["tokens"].tolist() for beam in beams for x in beam] for beams in one] for one in found]
-    assert words[0] == words[1]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(run, data, tmp_path_factory):
-    """A small model after some updates, trained with the task and validated by BLEU."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    out = run("fairseq-train", data, *PLUGIN, *FIXED, "--task", "lrn_translation", "--arch", "lrn_tiny",
-              *SMALL_OPTIONS, "--share-all-embeddings", "--optimizer", "adam", "--lr", "0.005", "--seed", 3,
-              "--max-tokens", 400, "--max-update", 12, "--eval-bleu", "--eval-bleu-args", '{"beam": 2}',
-              "--eval-bleu-remove-bpe", "sentencepiece", "--log-format", "simple",
-              "--save-dir", folder)  # fmt: skip
-    assert re.search(r"valid on 'valid' subset .* bleu \d", out)
-    return folder / "checkpoint_last.pt"
-
-
-@pytest.mark.parametrize(
-    "options", ["--beam 3", "--beam 1", "--beam 4 --nbest 4 --lenpen 0.5", "--beam 2 --print-alignment"]
 )
 def test_generate_prints_the_same(run, data, checkpoint, options):
     printed = []
@@ -164,18 +78,40 @@ def test_generate_prints_the_same(run, data, checkpoint, options):
     assert len(printed[0]) == len(printed[1]) > 0
     for (kind, theirs), (other, ours) in zip(*printed):
         assert kind == other
-        for a, b in zip(re.split(r"[\t ]", theirs), re.split(r"[\t ]", ours)):
+        for a, b in zip(re.split(r"[\t ,]", theirs), re.split(r"[\t ,]", ours)):
             assert a == b or abs(float(a) - float(b)) < 2e-4  # of scores, the last printed digit may differ
 
 
-def test_interactive_prints_the_same(run, data, checkpoint, test_sentences):
-    lines = [*test_sentences, "", "☃ 12"]
+@pytest.mark.parametrize(
+    "options", [[], ["--replace-unk", "words", "--unkpen", 100]], ids=["plain", "replace"]
+)
+def test_interactive_prints_the_same(run, data, checkpoint, test_sentences, options, tmp_path):
+    """Every line in its turn, empty and unknown ones too; the hub interface as the command.
+
+    fairseq's --replace-unk fails on a translation that holds <unk>, which --unkpen sees to.
+    """
+    (tmp_path / "words").write_text("a b\n")
+    options = [tmp_path / "words" if word == "words" else word for word in options]
+    lines = [*test_sentences, "", "☃ 12", test_sentences[0]]
     printed = []
     for name in ("translation", "lrn_translation"):
         out = run("fairseq-interactive", data, *PLUGIN, "--cpu", "--task", name, "--path", checkpoint,
                   "-s", "en", "-t", "de", "--beam", 3, "--max-len-b", 20, "--buffer-size", 9,
-                  "--batch-size", 9,
+                  "--batch-size", 9, *options,
                   input="".join(f"{line}\n" for line in lines))  # fmt: skip
         printed.append(re.findall(r"^D-(\d+)\t\S+\t(.*)$", out, re.M))
     assert printed[0] == printed[1]
     assert [int(i) for i, _ in printed[1]] == list(range(len(lines)))
+    if not options:
+        hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data))
+        assert hub.translate(lines, beam=3, max_len_b=20) == [words for _, words in printed[1]]
+
+
+def test_hub_interface_of_a_model_trained_with_the_task(run, data, checkpoint, tmp_path):
+    """In a program that imports the model alone, as README.md has it."""
+    (tmp_path / "program.py").write_text(
+        "from fairseq_lrn.models import LRNModel\n"
+        f"hub = LRNModel.from_pretrained({str(checkpoint.parent)!r}, {checkpoint.name!r}, {str(data)!r})\n"
+        "print(len(hub.translate(['▁1', '', '▁3'])))\n"
+    )
+    assert run(tmp_path / "program.py").split()[-1] == "3"

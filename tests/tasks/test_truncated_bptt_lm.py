@@ -104,6 +104,41 @@ def test_number_of_streams_is_needed(text):
         task.get_batch_iterator(dataset, max_tokens=100)
 
 
+def test_streams_that_do_not_fit_are_refused(text):
+    """Evaluation reads one stream, whatever fairseq's default of --max-tokens is."""
+    task, dataset = task_and_dataset(text)
+    with pytest.raises(ValueError, match="--max-tokens is 20, but must be at least 21"):
+        task.get_batch_iterator(dataset, max_tokens=20, max_sentences=3)
+    assert task.get_batch_iterator(dataset, max_tokens=21, max_sentences=3)
+    assert task.eval_lm_dataloader(dataset, max_tokens=6)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"add_bos_token": True}, "--add-bos-token is given, but must not be"),
+        ({"pad_to_fixed_bsz": True}, "--pad-to-fixed-bsz is given, but must not be"),
+        ({"sample_break_mode": "complete_doc"}, "is complete_doc, which leaves out empty lines"),
+        ({"shorten_method": "truncate"}, "--shorten-method is truncate, which leaves out words"),
+        ({"shorten_method": "random_crop"}, "--shorten-method is random_crop, which leaves out words"),
+        ({"max_target_positions": 5}, "--max-target-positions is 5, but must not be given"),
+        ({"tokens_per_sample": 0}, "--tokens-per-sample is 0, but must be positive"),
+        ({"output_dictionary_size": 4}, "--output-dictionary-size is 4, but must be more than 4"),
+    ],
+    ids=str,
+)
+def test_options_that_change_the_text_are_refused(data, options, message):
+    task = TruncatedBPTTLMTask.setup_task(LanguageModelingConfig(data=str(data), **options))
+    with pytest.raises(ValueError, match=message):
+        task.load_dataset("valid")
+
+
+def test_several_shards_are_refused(text):
+    task, dataset = task_and_dataset(text)
+    with pytest.raises(ValueError, match="--distributed-world-size is 2, but must be 1"):
+        task.eval_lm_dataloader(dataset, num_shards=2)
+
+
 def test_context_window_is_refused(text):
     task, dataset = task_and_dataset(text)
     with pytest.raises(ValueError, match="--context-window is 3, but must be 0"):
@@ -246,6 +281,23 @@ def test_adaptive_softmax_from_a_yaml_file(run, data, tmp_path):
     (tmp_path / "lm.yaml").write_text(config)
     run("fairseq-hydra-train", "--config-dir", tmp_path, "--config-name", "lm", f"hydra.run.dir={tmp_path}")
     assert evaluate(run, data, tmp_path, "--tokens-per-sample", 50)[0] == words(data)
+
+
+def test_the_longest_sentence_is_that_of_fairseqs_option(run, data, tmp_path):
+    options = ["--max-target-positions", 6, "--sample-break-mode", "eos", "--max-update", 1]
+    out = train(run, data, tmp_path, *options, task="language_modeling", check=False)
+    assert "Size of sample" in out and "max_positions=6" in out
+
+
+@pytest.mark.parametrize("command", ["fairseq-train", "fairseq-eval-lm"])
+def test_refusals_reach_the_command_line(run, data, trained, tmp_path, command):
+    options = ["--task", "truncated_bptt_lm", "--batch-size", 4, "--add-bos-token"]
+    if command == "fairseq-train":
+        options += ["--arch", "lrn_lm", "--save-dir", tmp_path]
+    else:
+        options += ["--path", trained / "checkpoint_last.pt", "--gen-subset", "valid"]
+    out = run(command, data, *PLUGIN, *options, check=False)
+    assert "--add-bos-token is given, but must not be" in out.splitlines()[-1]
 
 
 def test_a_model_without_a_state_is_refused(run, data, tmp_path):

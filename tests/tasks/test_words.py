@@ -1,9 +1,10 @@
 """Words as tensors, against their definition."""
 
+import pytest
 import torch
 from batches import dictionary
 
-from fairseq_lrn.tasks.words import collate, encode_chars, encode_words
+from fairseq_lrn.tasks.words import collate, encode_chars, encode_words, read_lines
 
 
 def test_ids_of_words():
@@ -38,3 +39,14 @@ def test_no_words():
 def test_collating_pads_on_the_right():
     rows = [torch.tensor([[1, 2]]), torch.tensor([[3, 4], [5, 6], [7, 8]])]
     assert collate(rows, 9).tolist() == [[[1, 2], [9, 9], [9, 9]], [[3, 4], [5, 6], [7, 8]]]
+
+
+def test_lines_of_a_file_end_at_line_feeds_alone(tmp_path):
+    (tmp_path / "text").write_bytes("ä\r\n\nb\rc\u2028d".encode())
+    assert list(read_lines(tmp_path / "text")) == ["ä", "", "b\rc\u2028d"]
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "text").write_bytes("a\nä\n".encode("latin-1"))
+    with pytest.raises(ValueError, match="text, line 2, is not in UTF-8: invalid continuation byte"):
+        list(read_lines(tmp_path / "text"))

@@ -1,0 +1,102 @@
+// Beam search over candidates: it knows words and their scores, but no model.
+//
+// A step of the search has rows: one hypothesis each, those of a sentence next to each other. At
+// first a sentence has one row, then beam_size of them. For each row the caller finds candidates,
+// the best next words; advance() takes them and picks the rows of the next step.
+#pragma once
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+namespace lrn {
+
+struct SearchOptions {
+  int64_t beam_size;
+  int64_t min_length, max_length;  // of a hypothesis without its </s>
+  int64_t bos, pad, eos, unk;
+  double unk_penalty, length_penalty;
+  bool normalize_scores;  // by the length to the power of length_penalty
+};
+
+// A row that the search has seen, numbered from 0 over all steps.
+struct Row {
+  int64_t parent;  // the row of the step before that it continues, -1 at first
+  int64_t word;    // the last word, which the model reads next
+  float total;     // sum of the log-probabilities; of a dead row minus infinity
+};
+
+// Of hypotheses, a sentence's next to each other and the best first.
+struct Hypotheses {
+  std::vector<int64_t> counts;   // of each sentence
+  std::vector<int64_t> lengths;  // of each hypothesis, with </s>, and its score
+  std::vector<float> scores;
+  std::vector<int64_t> words;  // of each position, with the row that it came from
+  std::vector<float> log_probs;
+  std::vector<int64_t> rows;
+};
+
+class BeamSearch {
+ public:
+  // Begins to search. prefix has the first words of each sentence's hypotheses, (sentences, its
+  // length), padded on the right. Memory of an earlier search is used again.
+  void start(const SearchOptions& options, int64_t sentences, std::vector<int64_t> prefix = {});
+
+  bool done() const { return going_.empty(); }
+  int64_t beam_size() const { return options_.beam_size; }
+
+  // The rows of this step: sentences' numbers, rows of each, the rows, and the first one's number.
+  const std::vector<int64_t>& going() const { return going_; }
+  int64_t rows_per_sentence() const { return step_ == 0 ? 1 : options_.beam_size; }
+  int64_t rows() const { return static_cast<int64_t>(rows_.size()) - first_; }
+  const Row* row() const { return rows_.data() + first_; }
+  int64_t first_row() const { return first_; }
+  int64_t first_parent() const { return first_parent_; }
+
+  // The candidates of each row: its `width` best words, without those `excluded`, then `extras`
+  // words that are given. `extra` has the latter, row by row.
+  int64_t width() const { return width_; }
+  const std::vector<int64_t>& excluded() const { return excluded_; }
+  int64_t extras() const { return (penalizes_unk() ? 1 : 0) + (forces_ ? 1 : 0); }
+  const std::vector<int64_t>& extra() const { return extra_; }
+
+  // Takes the candidates, (rows, width + extras). Those with a log-probability of minus infinity or
+  // NaN are none.
+  void advance(const float* log_probs, const int64_t* words);
+
+  Hypotheses hypotheses() const;
+
+ private:
+  struct Candidate {
+    float total;
+    int64_t word, row, order;
+  };
+  struct Ended {
+    int64_t sentence, row;
+    float total;
+    int64_t length;
+    float score;
+  };
+
+  bool penalizes_unk() const { return options_.unk_penalty != 0 && width_ > 0; }
+  int64_t forced_word(int64_t sentence) const;
+  void ask();
+  void collect(int64_t group, const float* log_probs, const int64_t* words);
+
+  SearchOptions options_{};
+  std::vector<int64_t> prefix_;
+  int64_t prefix_length_ = 0;
+
+  int64_t step_ = 0, first_ = 0, first_parent_ = 0;
+  std::vector<int64_t> going_;
+  std::vector<Row> rows_;  // of all steps
+  std::vector<int64_t> ended_count_;
+  std::vector<Ended> ended_;
+
+  int64_t width_ = 0;
+  bool forces_ = false;  // at least one row is given its next word
+  std::vector<int64_t> excluded_, extra_;
+  std::vector<Candidate> candidates_;
+};
+
+}  // namespace lrn

@@ -1,0 +1,129 @@
+// Vectors of kLanes floats, in the compiler's own notation, for loops that isa.h compiles once per
+// instruction set. With 4 lanes they run everywhere, with 8 they need AVX2, with 16 AVX-512; only
+// few operations have no notation and are instructions by name.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "isa.h"
+#include "lrn_cell.h"
+
+#pragma GCC diagnostic ignored "-Wpsabi"  // no vector passes between functions: they are inlined
+
+namespace lrn {
+
+constexpr int kLanes_default = 4, kLanes_avx2 = 8, kLanes_avx512 = 16;  // named as isa.h's suffixes
+
+template <int kLanes>
+struct Simd {
+  typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
+  typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+};
+template <int kLanes>
+using Floats = typename Simd<kLanes>::Floats;
+template <int kLanes>
+using Ints = typename Simd<kLanes>::Ints;
+
+template <int kLanes>
+LRN_HD Floats<kLanes> load(const float* x) {
+  Floats<kLanes> v;
+  std::memcpy(&v, x, sizeof(v));
+  return v;
+}
+
+template <typename V>
+LRN_HD void store(float* x, const V& v) {
+  std::memcpy(x, &v, sizeof(v));
+}
+
+template <typename V>
+LRN_HD V max(const V& a, const V& b) {
+  return a > b ? a : b;
+}
+
+// Adds the upper half of a vector to the lower one, and so on.
+template <int kLanes>
+LRN_HD float sum(const Floats<kLanes>& v) {
+  if constexpr (kLanes == 4) {
+    return (v[0] + v[2]) + (v[1] + v[3]);
+  } else {
+    Floats<kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return sum<kLanes / 2>(halves[0] + halves[1]);
+  }
+}
+
+template <int kLanes>
+LRN_HD float maximum(const Floats<kLanes>& v) {
+  if constexpr (kLanes == 2) {
+    return v[0] > v[1] ? v[0] : v[1];
+  } else {
+    Floats<kLanes / 2> halves[2];
+    std::memcpy(halves, &v, sizeof(v));
+    return maximum<kLanes / 2>(max(halves[0], halves[1]));
+  }
+}
+
+// A bit for each lane of a that is greater than b.
+template <int kLanes>
+LRN_HD uint32_t greater(const Floats<kLanes>& a, const Floats<kLanes>& b) {
+#if defined(__x86_64__)
+  uint32_t bits;
+  if constexpr (kLanes == 16) {
+    asm("vcmpps $30, %2, %1, %%k1\n\tkmovw %%k1, %0" : "=r"(bits) : "v"(a), "v"(b) : "k1");
+    return bits;
+  } else if constexpr (kLanes == 8) {
+    Floats<kLanes> mask;
+    asm("vcmpps $30, %2, %1, %0" : "=x"(mask) : "x"(a), "x"(b));
+    asm("vmovmskps %1, %0" : "=r"(bits) : "x"(mask));
+    return bits;
+  }
+#endif
+  const Ints<kLanes> mask = a > b;
+  uint32_t result = 0;
+  for (int i = 0; i < kLanes; ++i) {
+    result |= (mask[i] & 1u) << i;
+  }
+  return result;
+}
+
+// 2 to the power of t, for t < 127; 0, or next to it, for t below -126.
+template <int kLanes>
+LRN_HD Floats<kLanes> exp2(const Floats<kLanes>& t) {
+  typedef Floats<kLanes> V;
+  typedef Ints<kLanes> I;
+  V fraction;  // in [0, 1)
+  I whole{};
+#if defined(__x86_64__)
+  if constexpr (kLanes == 16) {
+    asm("vreduceps $9, %1, %0" : "=v"(fraction) : "v"(t));
+  } else
+#endif
+  {
+    const V clamped = t < -126.0f ? V{} - 126.0f : t;
+    const V rounder =
+        V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const V shifted = (clamped - 0.5f) + rounder;
+    std::memcpy(&whole, &shifted, sizeof(whole));
+    fraction = clamped - (shifted - rounder);
+  }
+  V p = fraction * 1.8775767e-3f + 8.9893397e-3f;
+  p = p * fraction + 5.5826318e-2f;
+  p = p * fraction + 2.4015361e-1f;
+  p = p * fraction + 6.9315308e-1f;
+  p = p * fraction + 9.9999994e-1f;
+#if defined(__x86_64__)
+  if constexpr (kLanes == 16) {
+    V result;
+    asm("vscalefps %2, %1, %0" : "=v"(result) : "v"(p), "v"(t));
+    return result;
+  }
+#endif
+  const I bits = (whole + 127) << 23;
+  V scale;
+  std::memcpy(&scale, &bits, sizeof(scale));
+  return p * scale;
+}
+
+}  // namespace lrn

@@ -1,0 +1,134 @@
+"""The native translator of a model: the words of its beam search, and its parts for fairseq's own search."""
+
+import logging
+import threading
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+from torch import Tensor
+
+from ..models.base import find_padding
+from ..ops._library import loaded
+from .reading import Snapshot, Unknown, read
+
+logger = logging.getLogger(__name__)
+_SECONDS = 0.2  # after which Python may handle a signal
+
+
+class Translator:
+    """Translates as a model ``lrn`` does, with its weights packed for the CPU.
+
+    Weights are packed when they are first needed. They are packed again where modules, parameters or settings
+    were replaced since, after the model's ``train()``, ``eval()`` and ``load_state_dict()``, and after
+    :meth:`refresh`. A model that is not exactly known translates with its own modules; the log says why.
+
+    Args:
+        model: any fairseq model
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self._snapshot: Optional[Snapshot] = None
+        self._native: Any = None
+        self._lock = threading.Lock()
+        self.reason: Optional[str] = None
+
+    @classmethod
+    def of(cls, model: torch.nn.Module) -> "Translator":
+        """Return the translator of ``model``, a new one if it has none yet, that packs weights anew."""
+        translator = getattr(model, "translator", None) or cls(model)
+        if hasattr(model, "translator"):
+            model.translator = translator
+        translator.refresh()
+        return translator
+
+    def __reduce__(self) -> Tuple[Any, ...]:
+        """A copy of a model has none: this one has the weights of the original."""
+        return type(None), ()
+
+    def refresh(self) -> None:
+        """Pack the weights again before the next use."""
+        self._snapshot = None
+
+    def native(self) -> Any:
+        """Return the native translator of the model as it is now, or None, for the :attr:`reason`."""
+        snapshot = self._snapshot
+        if snapshot is None or not snapshot.same():
+            with self._lock:
+                if self._snapshot is snapshot:
+                    self._pack()
+        return self._native
+
+    def _pack(self) -> None:
+        snapshot, reason = Snapshot(self._model), None
+        try:
+            if not loaded:
+                raise Unknown("the compiled operators are missing")
+            weights, settings = read(self._model)
+            self._native = torch.classes.fairseq_lrn.Translator(weights, *settings.values())
+        except (Unknown, ValueError) as error:
+            self._native, reason = None, str(error)
+        if reason is not None and reason != self.reason:
+            logger.info("the model translates with PyTorch's modules: %s", reason)
+        self.reason, self._snapshot = reason, snapshot
+
+    def search(self, native: Any, src_tokens: Tensor, *arguments: Any) -> Tuple[Tensor, ...]:
+        """Translate a batch with what :meth:`native` returned.
+
+        Args:
+            native: it
+            src_tokens: (B, S)
+            arguments: of the native search
+
+        Returns:
+            of B sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
+            first; of all their words, one hypothesis after the other, the ids, log-probabilities and attention
+            (words, S)
+        """
+        search = torch.classes.fairseq_lrn.Translation(native, src_tokens, *arguments)
+        while search.advance(_SECONDS):
+            pass
+        return search.hypotheses()
+
+    def encode(self, src_tokens: Tensor) -> Dict[str, List[Tensor]]:
+        """As :meth:`~fairseq_lrn.models.lrn_encoder.LRNEncoder.forward`; at padding the output is zeros."""
+        padding_mask = find_padding(src_tokens, self._model.encoder.padding_idx)
+        return {
+            "encoder_out": [self._native.encode(src_tokens)],
+            "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
+            "encoder_states": [],
+        }
+
+    def extract_features(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Dict[str, List[Tensor]],
+        incremental_state: Dict[str, Dict[str, Optional[Tensor]]],
+        alignment_layer: Optional[int],
+        alignment_heads: Optional[int],
+    ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
+        """As :meth:`~fairseq_lrn.models.lrn_decoder.LRNDecoder.extract_features`, word by word."""
+        decoder, native = self._model.decoder, self._native
+        encoder_x = encoder_out["encoder_out"][0]
+        padding_mask = next(iter(encoder_out["encoder_padding_mask"]), None)
+        saved = decoder.get_incremental_state(incremental_state, "states")
+        if saved is None:
+            saved = {"states": None, "keys_values": native.project(encoder_x, padding_mask)}
+        layer = decoder.num_layers - 1 if alignment_layer is None else alignment_layer
+        heads = decoder.embed_tokens.embedding_dim // decoder.layers[0].encoder_attn.head_dim
+        features, states, attn = native.step(
+            prev_output_tokens[:, -1],
+            saved["keys_values"],
+            padding_mask,
+            encoder_x.size(0),
+            saved["states"],
+            layer,
+            heads if alignment_heads is None else min(alignment_heads, heads),
+        )
+        decoder.set_incremental_state(
+            incremental_state, "states", {"states": states, "keys_values": saved["keys_values"]}
+        )
+        return features.unsqueeze(1), {
+            "attn": [None if attn is None else attn.unsqueeze(1)],
+            "inner_states": [],
+        }

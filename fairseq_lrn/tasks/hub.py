@@ -1,0 +1,88 @@
+"""Translating from Python: fairseq's hub interface with the task ``lrn_translation``."""
+
+import copy
+from typing import Any, Dict, Iterator, List
+
+import torch
+from fairseq import hub_utils, utils
+from fairseq.tasks.translation import TranslationTask
+from omegaconf import open_dict
+from torch import Tensor
+
+from .translation import LRNTranslationTask
+
+
+class TranslationHub(hub_utils.GeneratorHubInterface):
+    """fairseq's hub interface, which keeps its generator from call to call.
+
+    After the weights were changed by other ways than ``load_state_dict``, call ``refresh()`` of the model's
+    ``translator``.
+    """
+
+    def __init__(self, cfg, task, models) -> None:
+        super().__init__(cfg, task, models)
+        self._kept: Any = None  # what the generator was made for, and the generator
+
+    def generate(self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs):
+        """As fairseq's: the hypotheses of each sentence, in order; batches are formed by length."""
+        one = torch.is_tensor(tokenized_sentences) and tokenized_sentences.dim() == 1
+        if one or verbose or kwargs.get("prefix_allowed_tokens_fn") is not None:
+            return super().generate(tokenized_sentences, beam, verbose, **kwargs)
+        skip = kwargs.pop("skip_invalid_size_inputs", False)
+        step_args = kwargs.pop("inference_step_args", None) or {}
+        kwargs.pop("prefix_allowed_tokens_fn", None)
+        generator = self._generator(beam, kwargs)
+        found: Dict[int, List[Dict[str, Tensor]]] = {}
+        for batch in self._build_batches(tokenized_sentences, skip):
+            batch = utils.apply_to_sample(lambda x: x.to(self.device), batch)
+            hypotheses = self.task.inference_step(generator, self.models, batch, **step_args)
+            found.update(zip(batch["id"].tolist(), hypotheses))
+        return [found[i] for i in sorted(found)]
+
+    def _generator(self, beam: int, options: Dict[str, Any]) -> Any:
+        """Return the generator of the last call if it had the same options, or else a new one."""
+        wanted = (beam, options, self.cfg.generation)
+        if self._kept is None or self._kept[0] != wanted:
+            arguments = copy.deepcopy(self.cfg.generation)
+            with open_dict(arguments):
+                arguments.beam = beam
+                for name, value in options.items():
+                    setattr(arguments, name, value)
+            generator = self.task.build_generator(self.models, arguments)
+            self._kept = (copy.deepcopy(wanted), generator)
+        return self._kept[1]
+
+    def _build_batches(
+        self, tokens: List[Tensor], skip_invalid_size_inputs: bool
+    ) -> Iterator[Dict[str, Any]]:
+        lengths = [len(sentence) for sentence in tokens]
+        if max(lengths, default=0) > self.max_positions[0]:  # which fairseq raises for, or leaves out
+            yield from super()._build_batches(tokens, skip_invalid_size_inputs)
+            return
+        dataset = self.task.build_dataset_for_inference(tokens, lengths)
+        max_tokens = self.cfg.dataset.max_tokens or float("inf")
+        max_sentences = self.cfg.dataset.batch_size or len(tokens)
+        batch: List[int] = []
+        for i in sorted(range(len(tokens)), key=lengths.__getitem__):
+            if batch and (len(batch) == max_sentences or (len(batch) + 1) * lengths[i] > max_tokens):
+                yield dataset.collater([dataset[j] for j in batch])
+                batch = []
+            batch.append(i)
+        if batch:
+            yield dataset.collater([dataset[j] for j in batch])
+
+
+def from_pretrained(model_class: type, path, checkpoint_file, data, **kwargs: Any) -> TranslationHub:
+    """Load as fairseq's ``from_pretrained`` does; a model of task ``translation`` gets ``lrn_translation``.
+
+    Args:
+        model_class: whose ``hub_models()`` may name the path
+        path, checkpoint_file, data, kwargs: as fairseq has them; with ``task`` the task is left as it is
+    """
+    found = hub_utils.from_pretrained(
+        path, checkpoint_file, data, archive_map=model_class.hub_models(), **kwargs
+    )
+    task = found["task"]
+    if type(task) is TranslationTask and "task" not in kwargs:
+        task = LRNTranslationTask(task.cfg, task.src_dict, task.tgt_dict)
+    return TranslationHub(found["args"], task, found["models"])
