@@ -1,6 +1,9 @@
 """A recipe of examples/, run as a user would, its commands in forks of a process that imported fairseq."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -38,9 +41,23 @@ class Recipe:
         assert process.exitcode == status, output[-4000:]
         return output
 
-    def refused(self, *words, **variables):
+    def apart(self, *words, **variables):
+        """As a call, but the recipe and its commands are processes of their own."""
+        command = [sys.executable, str(self.script), *self.words, *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **variables}
+        done = subprocess.run(
+            command,
+            cwd=self.cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.stdout
+
+    def refused(self, *words):
         """The last line, the one sentence with which the recipe ends."""
-        output = self(*words, status=1, **variables)
+        output = self(*words, status=1)
         assert "Traceback" not in output, output[-4000:]
         return output.rstrip("\n").split("\n")[-1]
 
