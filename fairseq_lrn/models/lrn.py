@@ -1,7 +1,7 @@
 """The LRN encoder-decoder: fairseq model ``lrn`` and its architectures."""
 
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
@@ -90,7 +90,7 @@ class LRNModel(EncoderDecoderModel):
 
     def __init__(self, cfg: LRNConfig, encoder: LRNEncoder, decoder: LRNDecoder) -> None:
         super().__init__(cfg, encoder, decoder)
-        self.translator: Any = None  # see fairseq_lrn.inference
+        self.translator = None  # see fairseq_lrn.inference
 
     @classmethod
     def build_model(cls, cfg, task):

@@ -1,7 +1,7 @@
 """The decoder of the ``lrn`` model."""
 
 import math
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -48,7 +48,7 @@ class LRNDecoder(Decoder):
         self.alignment_heads = cfg.alignment_heads or cfg.decoder_attention_heads
         self.learns_alignments = False  # whether training needs attention
         self.layer_norm = nn.LayerNorm(embed_dim)
-        self.translator: Any = None
+        self.translator = None
 
         self.adaptive_softmax = None
         self.output_projection = None
@@ -74,8 +74,9 @@ class LRNDecoder(Decoder):
         refuse_full_context(full_context_alignment)
         if not torch.jit.is_scripting():
             stepwise = incremental_state is not None and not return_all_hiddens
-            if stepwise and prepared(self.translator) is not None:
-                return self.translator.extract_features(
+            translator = prepared(self.translator) if stepwise else None
+            if translator is not None:
+                return translator.extract_features(
                     prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
                 )
         encoder_x = encoder_out["encoder_out"][0]

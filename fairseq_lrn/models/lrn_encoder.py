@@ -1,7 +1,7 @@
 """The encoder of the ``lrn`` model."""
 
 import math
-from typing import Any, Dict, List, Optional
+from typing import Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -34,7 +34,7 @@ class LRNEncoder(FairseqEncoder):
         self.dropout_module = build_embedding_dropout(cfg, self.__class__.__name__)
         self.layers = build_layers(LRNEncoderLayer, cfg, cfg.encoder_layers, cfg.encoder_layerdrop)
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
-        self.translator: Any = None
+        self.translator = None
 
     def forward(
         self,
@@ -57,8 +57,9 @@ class LRNEncoder(FairseqEncoder):
         """
         if not torch.jit.is_scripting():
             other = return_all_hiddens or token_embeddings is not None
-            if not other and prepared(self.translator) is not None:
-                return self.translator.encode(src_tokens)
+            translator = None if other else prepared(self.translator)
+            if translator is not None:
+                return translator.encode(src_tokens)
         padding_mask = find_padding(src_tokens, self.padding_idx)
         if token_embeddings is None:
             x = self.embed_tokens(src_tokens.t())
