@@ -151,7 +151,7 @@ def test_missing_data(recipe):
         ("vocab_size=90000", "vocab_size is 90000, but must be at most"),
         (
             "task.max_source_positions=5",
-            "lrn_tiny cannot read all of train: 90 of 90 have more than 5 tokens, which task.max_source_positions=",
+            "cannot read all of train: 90 of 90 have more than 5 tokens, which task.max_source_positions=",
         ),
         ("dataset.max_tokens=5", "have more than 5 tokens, which dataset.max_tokens="),
         ("model.encoder_layer=2", "there is no option model.encoder_layer (did you mean encoder_layers"),
@@ -192,7 +192,7 @@ def test_text_that_is_wrong_is_refused(recipe, tmp_path, name, change, where, wo
 
 
 def test_text_that_looks_odd_is_read(recipe, tmp_path):
-    """CRLF, a BOM and a missing end are left out, empty training pairs too; other line ends are in the line."""
+    """CRLF, a BOM and a missing end are left out, empty training pairs too; other ends are in the line."""
     data = multi30k(tmp_path)
     odd = "A\rman \u2028waits\u0085 in\u00a0the park."
     for language in ("en", "de"):
