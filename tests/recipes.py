@@ -1,6 +1,9 @@
 """A recipe of examples/, run as a user would, its commands in forks of a process that imported fairseq."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -38,9 +41,23 @@ class Recipe:
         assert process.exitcode == status, output[-4000:]
         return output
 
-    def refused(self, *words, **variables):
+    def apart(self, *words, **variables):
+        """As a call, but the recipe and its commands are processes of their own."""
+        command = [sys.executable, str(self.script), *self.words, *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore", **variables}
+        done = subprocess.run(
+            command,
+            cwd=self.cwd,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        return done.stdout
+
+    def refused(self, *words):
         """The last line, the one sentence with which the recipe ends."""
-        output = self(*words, status=1, **variables)
+        output = self(*words, status=1)
         assert "Traceback" not in output, output[-4000:]
         return output.rstrip("\n").split("\n")[-1]
 
@@ -66,8 +83,8 @@ def times(folder):
 
 
 PAIRS = """--task translation -s {} -t {} --criterion label_smoothed_cross_entropy --label-smoothing 0.1
-    --optimizer adam --adam-betas (0.9,_0.98) --lr-scheduler inverse_sqrt --warmup-init-lr 1e-7 --max-tokens 4096
-    --required-batch-size-multiple 1 --keep-last-epochs 10 --share-all-embeddings """
+    --optimizer adam --adam-betas (0.9,_0.98) --lr-scheduler inverse_sqrt --warmup-init-lr 1e-7
+    --max-tokens 4096 --required-batch-size-multiple 1 --keep-last-epochs 10 --share-all-embeddings """
 CELLS = "--cell lrn --optimizer adam --maximize-best-checkpoint-metric --no-epoch-checkpoints --clip-norm 5 "
 SENTENCES = f"""{CELLS} --task sentence_prediction --num-classes {{}} --criterion sentence_prediction
     --required-batch-size-multiple 1 --best-checkpoint-metric accuracy """

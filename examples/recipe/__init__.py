@@ -349,7 +349,7 @@ class Recipe:
 
     def execute(self) -> None:
         """Do all steps that are not done and print the table."""
-        runs = [self.run(model) for model in self.config["models"]]
+        runs = [self.run(model) for model in dict.fromkeys(self.config["models"])]
         if any(f"{run.folder}/train" not in self.work.steps for run in runs) or self.work.dry:
             for run in runs:
                 resolve(run.settings)

@@ -31,7 +31,7 @@ def own_value(name: str, value: Any, default: Any) -> Any:
     kind = type(default)
     if isinstance(default, list) and value is not None:
         values = value if isinstance(value, list) else str(value).split(",")
-        return list(dict.fromkeys(str(x).strip() for x in values))
+        return [str(x).strip() for x in values]
     if default is None:
         return None if value is None else value if isinstance(value, list) else str(value)
     if kind is str and not isinstance(value, (list, dict)):

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -106,10 +107,14 @@ class Work:
         """Make the folder and lock it as long as this process, or a command of its, is alive."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise Refused(f"another run is at work in {self.folder}: wait until it ends") from error
+        for patience in range(20, -1, -1):  # what an ended run has started may take a moment to end
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if not patience:
+                    raise Refused(f"another run is at work in {self.folder}: wait until it ends") from error
+                time.sleep(0.1)
         self.read()
         if not (self.folder / MANIFEST).exists():
             self.save()
@@ -134,8 +139,8 @@ class Work:
         if not path.is_file():
             return None
         stat = path.stat()
-        size, time, known = self.state["hashes"].get(name, (None, None, None))
-        if (size, time) != (stat.st_size, stat.st_mtime_ns):
+        size, modified, known = self.state["hashes"].get(name, (None, None, None))
+        if (size, modified) != (stat.st_size, stat.st_mtime_ns):
             known = digest(path)
             self.state["hashes"][name] = [stat.st_size, stat.st_mtime_ns, known]
         return known

@@ -137,9 +137,9 @@ class Translation(Recipe):
         except RuntimeError as error:
             most = re.search(r"to a value <= (\d+)", str(error))
             least = re.search(r"required_chars. \d+ vs (\d+)", str(error))
-            if not most and not least:
-                raise Refused(f"sentencepiece failed: {error}") from error
-            bound = f"at most {most[1]}" if most else f"more than {least[1]}"
+            bound = (
+                f"at most {most[1]}" if most else f"more than {least[1]}" if least else f"possible: {error}"
+            )
             raise Refused(f"vocab_size is {vocab_size}, but must be {bound} for this text") from error
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         for split in SPLITS:
@@ -190,7 +190,8 @@ class Translation(Recipe):
         tokens = run.settings["dataset"]["max_tokens"]
         for side, language in zip(("source", "target"), self.languages):
             option = f"max_{side}_positions"
-            limit, group = min((run.settings[group][option], group) for group in ("task", "model"))
+            limits = [(run.settings[group][option], group) for group in ("task", "model")]
+            limit, group = min(limits, key=lambda found: found[0])
             for split in SPLITS:
                 path = self.work.folder / "subwords" / f"{split}.{language}"
                 sizes = (len(line.split()) + 1 for line in written(path))

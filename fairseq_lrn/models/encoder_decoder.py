@@ -133,12 +133,12 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
         cfg = cls.config.from_namespace(cfg)
         cls.complete(cfg)
         _check(cfg, task)
-        source = build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg.encoder_embed_path)
+        source = build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg, "encoder_embed_path")
         if cfg.share_all_embeddings:
             cfg.share_decoder_input_output_embed = True
             target = source
         else:
-            target = build_embedding(task.target_dictionary, cfg.decoder_embed_dim, cfg.decoder_embed_path)
+            target = build_embedding(task.target_dictionary, cfg.decoder_embed_dim, cfg, "decoder_embed_path")
         return cls(
             cfg,
             cls.encoder_class(cfg, task.source_dictionary, source),

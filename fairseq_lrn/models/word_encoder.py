@@ -10,7 +10,7 @@ from fairseq.modules import CharacterTokenEmbedder
 from torch import Tensor
 
 from ..modules import LockedDropout, StackedRecurrent
-from .base import CellConfig, build_embedding, check_cell, check_positive, find_padding
+from .base import CellConfig, build_embedding, check_cell, check_positive, find_padding, read_vectors
 
 
 @dataclass
@@ -47,8 +47,12 @@ class WordEncoder(nn.Module):
         check_cell(cfg)
         self.padding_idx = dictionary.pad()
         self.embed_tokens = build_embedding(dictionary, cfg.encoder_embed_dim)
-        if cfg.encoder_embed_path:
-            load_vectors(cfg.encoder_embed_path, dictionary, self.embed_tokens)
+        read_vectors(
+            self.embed_tokens,
+            cfg,
+            "encoder_embed_path",
+            lambda path: load_vectors(path, dictionary, self.embed_tokens),
+        )
         size = cfg.encoder_embed_dim
         self.embed_chars = None
         if cfg.char_embed_dim > 0:

@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..ops import linear, lrn_scan
+from ..ops.scan import check_padding_mask
 from .inputs import check_like, check_sequences, zero_padding
 from .linear import project
 from .lrn import LRN
@@ -153,7 +154,7 @@ class Unrolled(nn.Module):
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
+        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding: output (T, B, D·H), last states."""
         if not torch.jit.is_scripting():
             first = self.cells[0]
             _check(input, hx, first.input_size, (len(self.cells), first.state_size), next(self.parameters()))
@@ -174,7 +175,10 @@ class Unrolled(nn.Module):
                 output.reverse()
             outputs.append(torch.stack(output))
             states.append(state)
-        return torch.cat(outputs, 2), torch.stack(states)
+        y = torch.cat(outputs, 2)
+        if padding_mask is not None:
+            y = y.masked_fill(padding_mask.t().unsqueeze(2), 0.0)
+        return y, torch.stack(states)
 
 
 class Native(nn.Module):
@@ -200,7 +204,7 @@ class Native(nn.Module):
             state = (1 + self.rnn.bidirectional, (1 + self.lstm) * self.rnn.hidden_size)
             _check(input, hx, self.rnn.input_size, state, self.rnn.weight_ih_l0)
         if padding_mask is not None:
-            input = zero_padding(input, padding_mask)
+            check_padding_mask(padding_mask, input.size(1), input.size(0), input)
         if not torch.jit.is_scripting() and (padding_mask is None or input.is_cuda):
             return self._forward_packed(input, hx, padding_mask)
         return self._forward_padded(input, hx, padding_mask)
@@ -237,7 +241,7 @@ class Native(nn.Module):
         shut = torch.tensor([-1e4, 1e4, 0.0, 0.0] if self.lstm else [0.0, 1e4, 0.0])
         shut = shut.to(input).repeat_interleave(size).unsqueeze(1)
         padding = padding_mask.t().unsqueeze(2)
-        input = torch.cat([input, padding.type_as(input)], 2)
+        input = torch.cat([input.masked_fill(padding, 0.0), padding.type_as(input)], 2)
         forward = _words_first(padding_mask)
         lengths = padding_mask.logical_not().sum(1)
         backward = forward.gather(

@@ -8,7 +8,8 @@ import pytest
 from recipes import Recipe, assert_trains_the_same, lines, table, write
 
 SIZES = {"train": 60, "dev": 13, "test": 21}  # 8 divides no count of results
-SMALL = "model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10 optimization.max_epoch=2".split()
+SMALL = """model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10
+    optimization.max_epoch=2""".split()
 OPTIONS = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --max-epoch 2".split()
 
 
@@ -64,6 +65,9 @@ def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
     assert_trains_the_same(run, recipe.work, "lrn", tmp_path, *OPTIONS)
 
 
+LONG = "cannot read all of test: 1 of 1 have more than 512 tokens, which task.max_positions=601 would allow"
+
+
 @pytest.mark.parametrize(
     "name, text, where, words",
     [
@@ -75,7 +79,7 @@ def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
         ("test", "\n2 good\n", "test.txt, line 2", "the label 2 is not in the training set, which has 0, 1"),
         ("test", "\n\n", "", "there is no text for test"),
         ("train", b"1 good\n0 b\xe4d\n", "train.txt, line 2", "this is not UTF-8"),
-        ("test", "1 " + 600 * "good ", "", "lrn cannot read all of test: 1 of 1 have more than 512 tokens, which task.max_positions=601 would"),
+        ("test", "1 " + 600 * "good ", "", LONG),
     ],
 )  # fmt: skip
 def test_text_that_is_wrong_is_refused(recipe, tmp_path, name, text, where, words):
@@ -115,9 +119,9 @@ def test_documents(run, start, tmp_path):
     assert lines(work / "text/test.input0") == ["été one line", "a"]
     assert table(output)[1][0] == "lrn"
     assert_trains_the_same(run, work, "lrn", tmp_path / "same", *OPTIONS)
-    assert "before corpus became yahoo_answers (it was yelp" in recipe.refused(
-        "min_count=1", "--work", "work", "corpus=yahoo_answers", "models=lrn", "--data", str(documents(tmp_path / "other", test='"2","","x"\n'))
-    )  # fmt: skip
+    documents(tmp_path / "other", test='"2","","x"\n')
+    options = ["min_count=1", "--work", "work", "corpus=yahoo_answers", "--data", "other"]
+    assert "before corpus became yahoo_answers (it was yelp_review_polarity)" in recipe.refused(*options)
 
 
 @pytest.mark.parametrize(

@@ -170,22 +170,22 @@ def translated(run, data, tmp_path_factory):
     ).split()
     run("fairseq-train", data, *plugin, *options, *SMALL_OPTIONS, "--save-dir", work / "all")
     for folder, checkpoint, updates in (("early", "average10", 50), ("late", "best", 600)):
-        (work / folder).mkdir()
+        (work / "runs" / folder).mkdir(parents=True)
         (saved,) = (work / "all").glob(f"checkpoint_*_{updates}.pt")
-        shutil.copy(saved, work / folder / f"checkpoint_{checkpoint}.pt")
-    (work / "early" / "checkpoint_best.pt").write_text("The average comes first.")
+        shutil.copy(saved, work / "runs" / folder / f"checkpoint_{checkpoint}.pt")
+    (work / "runs/early/checkpoint_best.pt").write_text("The average comes first.")
     (work / "bin").symlink_to(data)
     search = "--cpu --beam 1 --remove-bpe sentencepiece --required-batch-size-multiple 1".split()
-    output = run("fairseq-generate", data, *plugin, "--path", work / "late/checkpoint_best.pt", *search)
+    output = run("fairseq-generate", data, *plugin, "--path", work / "runs/late/checkpoint_best.pt", *search)
     found = {int(number): text for number, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M)}
-    (work / "raw").mkdir()
-    text = "".join(found[number] + "\n" for number in sorted(found))
-    (work / "raw" / "test.de").write_text(text, encoding="utf-8")
+    (work / "text").mkdir()
+    text = "\n".join(found[number] for number in sorted(found))  # the last line has no end
+    (work / "text" / "test.de").write_text(text, encoding="utf-8")
     return work
 
 
 def test_decoding_prints_every_run_and_writes_json(benchmark, translated, tmp_path):
-    assert len(set((translated / "raw" / "test.de").read_text(encoding="utf-8").splitlines())) > 9
+    assert len(set((translated / "text" / "test.de").read_text(encoding="utf-8").splitlines())) > 9
     options = "--beam 1 --batch-size 1 64 --threads 1 --rounds 1 --json out.json --plot out.png".split()
     runs = ["late", "early:translation"]
     status, output = benchmark("decoding.py", translated, *runs, *options)

@@ -9,8 +9,8 @@ from recipes import Recipe, assert_trains_the_same, lines, table, write
 
 SIZES = {"train": 60, "trial": 13, "test_annotated": 21}  # 8 divides no count of results
 HEADER = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score", "entailment_judgment"]
-SMALL = """model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10 optimization.max_epoch=2
-    models=lrn min_count=1""".split()
+SMALL = """model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10
+    optimization.max_epoch=2 models=lrn min_count=1""".split()
 OPTIONS = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --max-epoch 2".split()
 
 

@@ -67,7 +67,9 @@ def test_other_schemes_are_read_right_or_refused(prefixes):
     read = 0
     for length in range(1, 5):
         right = set()
-        for entities in itertools.product([1, 2, 3, 4, 0], ["PER", "LOC"], repeat=length):
+        for entities in itertools.chain.from_iterable(
+            itertools.product([1, 2, 3, 4, 0], ["PER", "LOC"], repeat=count) for count in range(1, length + 1)
+        ):
             tags = []
             for size, kind in zip(entities[::2], entities[1::2]):
                 inner = [prefixes[0], *prefixes[1] * (size - 2), prefixes[2]] if size > 1 else [prefixes[3]]

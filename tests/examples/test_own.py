@@ -39,9 +39,12 @@ def recipe(start, tmp_path_factory):
 
 def test_sentences_are_held_out(recipe):
     """One in twenty validates and tests each, wherever it is in the file, and no source is in two sets."""
-    sets = {x: list(zip(*(lines(recipe.work / f"text/{x}.{y}") for y in ("en", "ja")))) for x in ("train", "valid", "test")}  # fmt: skip
+    sets = {}
+    for split in ("train", "valid", "test"):
+        sides = (lines(recipe.work / f"text/{split}.{language}") for language in ("en", "ja"))
+        sets[split] = list(zip(*sides))
     assert [len(pairs) for pairs in sets.values()] == [98, 5, 5]
-    assert sorted(sum(sets.values(), [])) == sorted(PAIRS)
+    assert sorted(pair for pairs in sets.values() for pair in pairs) == sorted(PAIRS)
     assert sets["train"] == [pair for pair in PAIRS if pair in sets["train"]]
 
 

@@ -1,4 +1,4 @@
-"""The recipes' settings are those that they have always had: of fairseq-train's command line, see recipes.py."""
+"""The recipes' settings are those of fairseq-train's command line that recipes.py has."""
 
 import importlib.util
 import sys
@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from recipes import EXAMPLES, OWN, ROOT, trained
 
 sys.path.insert(0, str(EXAMPLES))
-import recipe as runner  # noqa: E402
+import recipe as runner
 
 FOLDERS = {
     **dict.fromkeys(("multi30k", "iwslt14", "wmt14"), "translation"),
@@ -32,8 +32,8 @@ def load(name, monkeypatch):
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, name, module)
     spec.loader.exec_module(module)
-    (found,) = (x for x in vars(module).values() if isinstance(x, type) and getattr(x, "script", "") and x.__module__ == name)  # fmt: skip
-    return found
+    found = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == name]
+    return next(x for x in found if issubclass(x, runner.Recipe))
 
 
 @pytest.mark.parametrize("name", FOLDERS)
