@@ -82,7 +82,7 @@ class Translator:
 
         Returns:
             of B sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
-            first; of all their words, one hypothesis after the other, the ids, log-probabilities and attention
+            first; of all their words, one hypothesis after the other, ids, log-probabilities and attention
             (words, S)
         """
         search = torch.classes.fairseq_lrn.Translation(native, src_tokens, *arguments)

@@ -95,9 +95,10 @@ class LRNDecoder(FairseqIncrementalDecoder):
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
         assert encoder_out is not None
-        if not torch.jit.is_scripting() and incremental_state is not None:
-            if prepared(self.translator) is not None:
-                return self.translator.extract_features(
+        if not torch.jit.is_scripting():
+            translator = None if incremental_state is None else prepared(self.translator)
+            if translator is not None:
+                return translator.extract_features(
                     prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
                 )
         encoder_x = encoder_out["encoder_out"][0]

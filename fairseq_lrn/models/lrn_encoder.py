@@ -46,8 +46,10 @@ class LRNEncoder(FairseqEncoder):
         Returns:
             ``encoder_out`` [(S, B, C)] and ``encoder_padding_mask`` [(B, S)], True at padding, [] without any
         """
-        if not torch.jit.is_scripting() and prepared(self.translator) is not None:
-            return self.translator.encode(src_tokens)
+        if not torch.jit.is_scripting():
+            translator = prepared(self.translator)
+            if translator is not None:
+                return translator.encode(src_tokens)
         padding_mask = find_padding(src_tokens, self.padding_idx)
         x = self.dropout_module(self.embed_scale * self.embed_tokens(src_tokens.t()))
         for layer in self.layers:
