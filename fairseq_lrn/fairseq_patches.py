@@ -381,7 +381,7 @@ def give_numpy_compat() -> None:
     https://github.com/numpy/numpy/pull/28961.
     Until: fairseq writes ``int``.
     """
-    np.compat = types.SimpleNamespace(long=int)
+    setattr(np, "compat", types.SimpleNamespace(long=int))  # noqa: B010  NumPy's types know no such name
 
 
 PATCHES: Tuple[Tuple[Callable[[], bool], Callable[[], None]], ...] = (

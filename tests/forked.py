@@ -1,14 +1,14 @@
-"""A script in a fork of a process that has imported fairseq (warm.py)."""
+"""Python's commands in forks of a process that has imported fairseq (warm.py)."""
 
 import logging
+import multiprocessing
 import os
 import runpy
 import signal
 import subprocess
 import sys
-import traceback
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional, Sequence
 
 
 def execute(words: List[str], input: str, output: str, before: str) -> None:
@@ -16,55 +16,72 @@ def execute(words: List[str], input: str, output: str, before: str) -> None:
 
     ``before`` is code to run first, in this process.
     """
-    _become(words, input, os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), before)
-
-
-def _become(words: List[str], input: str, written: int, before: str) -> None:
+    written = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for stream in (1, 2):
         os.dup2(written, stream)
     sys.stdin = open(input, encoding="utf-8")  # noqa: SIM115  stays open
-    logging.root.handlers.clear()  # what importing fairseq set up
-    sys.argv = words
-    sys.path.insert(0, os.path.dirname(words[0]))  # as Python does
+    multiprocessing.set_start_method(None, force=True)  # Python's own choice, not that of this process
     exec(before, {})
+    _become(words)
+
+
+def _become(words: List[str]) -> None:
+    """Run the script ``words[0]``, or the module ``words[1]`` after -m."""
+    logging.root.handlers.clear()  # what importing fairseq set up
     try:
-        runpy.run_path(words[0], run_name="__main__")
+        if words[0] == "-m":
+            sys.argv = words[1:]
+            runpy.run_module(words[1], run_name="__main__", alter_sys=True)
+        else:
+            sys.argv = words
+            sys.path.insert(0, os.path.dirname(words[0]))  # as Python does
+            runpy.run_path(words[0], run_name="__main__")
     except SystemExit as end:
         if end.code is not None:  # which Python 3.8's multiprocessing would take for a failure
             raise
 
 
-def call(words: List[str], cwd: Path, log: Path, env: Dict[str, str], lock: Optional[int] = None) -> int:
-    """As :func:`recipe.call`, in a fork of this process where the command is Python's."""
-    script = words[1:] if words[0] == sys.executable else words
-    beside = Path(sys.executable).parent / script[0]
-    with open(log, "ab") as file:
-        if not beside.exists():
-            return subprocess.run(words, cwd=cwd, env=env, stdout=file, stderr=file).returncode
-        child = os.fork()
-        if child == 0:
-            status = 1
-            try:
-                signal.signal(signal.SIGTERM, signal.SIG_DFL)
-                os.chdir(cwd)
-                os.environ.clear()
-                os.environ.update(env)
-                _become([str(beside), *script[1:]], os.devnull, file.fileno(), "")
-                status = 0
-            except SystemExit as end:
-                status = end.code if isinstance(end.code, int) else 1
-                if isinstance(end.code, str):
-                    print(end.code, file=sys.stderr)
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stdout.flush()
-                sys.stderr.flush()
-                os._exit(status)
-        try:
-            _, ended = os.waitpid(child, 0)
-        except BaseException:
-            os.kill(child, signal.SIGTERM)
-            os.waitpid(child, 0)
-            raise
-        return os.WEXITSTATUS(ended) if os.WIFEXITED(ended) else -os.WTERMSIG(ended)
+class Popen(subprocess.Popen):
+    """As subprocess.Popen; a command of Python's is a fork of this process."""
+
+    def _execute_child(self, args: Sequence[Any], *rest: Any) -> None:
+        script = find_script([str(word) for word in args])
+        if script is None:
+            super()._execute_child(args, *rest)
+            return
+        cwd, env = rest[4:6]
+        pipes = read, _, _, written, _, errors = rest[9:15]
+        process = multiprocessing.get_context("fork").Process(
+            target=_run, args=(script, cwd, env, (read, written, errors))
+        )
+        process.start()
+        self.pid = process.pid
+        self._child_created = True
+        self._close_pipe_fds(*pipes)
+
+
+def find_script(words: List[str]) -> Optional[List[str]]:
+    """Return a script, or -m and a module, and its arguments; None for what is no command of Python's."""
+    if words[0] == sys.executable:
+        return words[1:] if words[1] == "-m" or words[1].endswith(".py") else None
+    path = Path(sys.executable).parent / words[0]
+    if path.is_file():
+        with path.open("rb") as file:
+            first = file.readline(200)
+        if first.startswith(b"#!") and b"python" in first:
+            return [str(path), *words[1:]]
+    return None
+
+
+def _run(words: List[str], cwd: Any, env: Optional[Dict[str, str]], streams: Sequence[int]) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    for stream, file in enumerate(streams):
+        if file != -1:
+            os.dup2(file, stream)
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    if cwd is not None:
+        os.chdir(cwd)
+    if env is not None:
+        os.environ.clear()
+        os.environ.update(env)
+    _become(words)

@@ -1,11 +1,10 @@
-"""The paper's document classification (Zhang et al., NeurIPS 2015) with each recurrent unit; see README.md."""
+"""Document classification (Zhang et al., NeurIPS 2015) with each recurrent unit; see README.md."""
 
 import csv
 import sys
 from typing import Any, Dict, Iterator, List
 
-from sentences import Row, Sentences, words
-from recipe import Line, Refused, lines, main  # after sentences, which finds it
+from sentences import Line, Refused, Row, Sentences, lines, main, words
 
 DATASETS = ("amazon_review_polarity", "yahoo_answers", "amazon_review_full", "yelp_review_polarity")
 
@@ -15,30 +14,32 @@ class Documents(Sentences):
 
     def check(self) -> None:
         super().check()
-        self.choose("dataset", DATASETS)
+        self.choose("corpus", DATASETS)
 
     def work_name(self) -> str:
-        return self.config["dataset"]
+        return self.config["corpus"]
 
     def names(self) -> List[str]:
         return ["train.csv", "test.csv"]
 
     def urls(self) -> List[str]:
-        return [f"{self.config['url']}/{self.config['dataset']}_csv.tgz"]
+        return [f"{self.config['url']}/{self.config['corpus']}_csv.tgz"]
 
     def text_settings(self) -> Dict[str, Any]:
-        return {"dataset": self.config["dataset"]}
+        return {"corpus": self.config["corpus"]}
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yield rows of label and text, of which every hundredth of the training file is for validation."""
         count = 0
-        for count, row in enumerate(self.table("test.csv" if split == "test" else "train.csv"), 1):
+        for count, row in enumerate(self.documents("test.csv" if split == "test" else "train.csv"), 1):
             if split == "test" or (count % 100 == 0) == (split == "valid"):
                 yield row
         if split == "valid" and count < 100:
-            raise Refused(f"{self.find('train.csv')} has {count} documents, but must have 100: each 100th validates")
+            raise Refused(
+                f"{self.find('train.csv')} has {count} documents, but must have 100: each 100th validates"
+            )
 
-    def table(self, name: str) -> Iterator[Row]:
+    def documents(self, name: str) -> Iterator[Row]:
         """Yield the rows of a file of comma-separated label, title and text."""
         path, begun = self.find(name), 1
         csv.field_size_limit(sys.maxsize)

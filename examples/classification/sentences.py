@@ -7,7 +7,21 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import PART, Line, Recipe, Refused, Run, blanks, lengths, numbered, package, say, written  # noqa: E402
+from recipe import (  # noqa: F401  some for the recipes
+    PART,
+    Line,
+    Recipe,
+    Refused,
+    Run,
+    blanks,
+    lengths,
+    lines,
+    main,
+    numbered,
+    package,
+    say,
+    written,
+)
 
 SPLITS = ("train", "valid", "test")
 
@@ -21,14 +35,14 @@ class Row(NamedTuple):
 
 
 def words(text: str) -> str:
-    """Split a text, in lower case, to words; each sign that is no letter, digit or apostrophe in a word is one."""
+    """Split a text, in lower case, to words; a sign that is no letter, digit or inner apostrophe is one."""
     return " ".join(re.findall(r"\w+(?:'\w+)*|[^\w\s]", text.lower()))
 
 
-def filled(lines: Iterator[Line]) -> Iterator[Line]:
+def filled(found: Iterator[Line]) -> Iterator[Line]:
     """Yield the lines that are not empty, and say which are."""
     empty = []
-    for line in lines:
+    for line in found:
         if line.text.strip():
             yield line
         else:
@@ -44,14 +58,23 @@ class Sentences(Recipe):
         inputs: input0, and input1 of pairs
     """
 
-    header = ("unit", "parameters", "validation accuracy", "test accuracy", "test error %", "training s a batch")
+    header = (
+        "unit",
+        "parameters",
+        "validation accuracy",
+        "test accuracy",
+        "test error %",
+        "training s a batch",
+    )
     inputs: Sequence[str] = ("input0",)
 
     def check(self) -> None:
         try:
             import sklearn  # noqa: F401
         except ImportError as error:
-            raise Refused("fairseq's criterion needs the package scikit-learn: pip install scikit-learn") from error
+            raise Refused(
+                "fairseq's criterion needs the package scikit-learn: pip install scikit-learn"
+            ) from error
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yield the rows of train, valid or test, each text as words with blanks between."""
@@ -72,7 +95,9 @@ class Sentences(Recipe):
                 if split == "train":
                     known.add(label)
                 elif label not in known:
-                    raise line.refuse(f"the label {label} is not in the training set, which has {', '.join(sorted(known))}")
+                    raise line.refuse(
+                        f"the label {label} is not in the training set, which has {', '.join(sorted(known))}"
+                    )
                 for column, value in zip(columns, (label, *texts)):
                     column.append(value)
             if not columns[0]:
@@ -123,7 +148,9 @@ class Sentences(Recipe):
         command += ["--batch-size", 64, "--required-batch-size-multiple", 1, "--num-workers", 0]
 
         def read(part: Path, log: str) -> List[float]:
-            found = [re.search(rf"valid on '{split}' subset \|.* accuracy ([\d.]+)", log) for split in SPLITS[1:]]
+            found = [
+                re.search(rf"valid on '{split}' subset \|.* accuracy ([\d.]+)", log) for split in SPLITS[1:]
+            ]
             return [float(accuracy[1]) for accuracy in found]
 
         inputs = {**self.checkpoint(run, "checkpoint_best.pt"), **self.work.outputs("binarize")}

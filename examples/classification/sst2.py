@@ -1,9 +1,8 @@
-"""Sentiment of film reviews' sentences (SST-2) with each recurrent unit, from text to accuracy; see README.md."""
+"""Sentiment of film reviews' sentences (SST-2) with each recurrent unit; see README.md."""
 
 from typing import Iterator, List
 
-from sentences import Row, Sentences, filled
-from recipe import blanks, lines, main  # after sentences, which finds it
+from sentences import Row, Sentences, blanks, filled, lines, main
 
 
 class SST2(Sentences):

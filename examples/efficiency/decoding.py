@@ -2,7 +2,7 @@
 
     python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
 
-WORK is what a recipe of examples/translation wrote. RUN is the folder of a training in it, or RUN:TASK to
+WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
 translate with another task than `translation`. The runs take turns; each measurement is a process of its own.
 """
 
@@ -36,7 +36,7 @@ def find(work: Path, run: str) -> Tuple[Path, Path, str, str]:
     Raises:
         SystemExit: something is missing
     """
-    checkpoint = work / run.partition(":")[0] / "checkpoint_average10.pt"
+    checkpoint = work / "runs" / run.partition(":")[0] / "checkpoint_average10.pt"
     if not checkpoint.exists():
         checkpoint = checkpoint.with_name("checkpoint_best.pt")
     if not checkpoint.exists():
@@ -45,7 +45,7 @@ def find(work: Path, run: str) -> Tuple[Path, Path, str, str]:
     if not indices:
         sys.exit(f"no test set in {work / 'bin'}")
     source, target = indices[0].name.split(".")[1].split("-")
-    references = work / "raw" / f"test.{target}"
+    references = work / "text" / f"test.{target}"
     if not references.exists():
         sys.exit(f"no references of the test set: no {references}")
     return checkpoint, references, source, target
@@ -84,7 +84,8 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
 
     lines = (line[2:].split("\t", 2) for line in output.split("\n") if line.startswith("D-"))
     translations = {int(number): text for number, _, text in lines}
-    references = path.read_text(encoding="utf-8").split("\n")[:-1]
+    with open(path, encoding="utf-8", newline="\n") as file:
+        references = [line.rstrip("\n") for line in file]
     if batch_size > 1 and len(translations) != len(references):
         sys.exit(f"{run}: {len(translations)} translations of {len(references)} sentences")
     numbers = sorted(translations)
@@ -152,7 +153,7 @@ def main() -> None:
     """Read the command line, let each run translate in its turn, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, metavar="WORK", help="folder that a translation recipe wrote")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder in WORK, or RUN:TASK")
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run in WORK, or RUN:TASK")
     parser.add_argument("--beam", type=positive, nargs="+", default=[5, 1])
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])

@@ -6,8 +6,7 @@ from typing import Iterator, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "classification"))
 
-from sentences import Row, Sentences, filled, words  # noqa: E402
-from recipe import lines  # noqa: E402  after sentences, which finds it
+from sentences import Row, Sentences, filled, lines, main, words  # noqa: F401
 
 
 class Pairs(Sentences):
@@ -28,7 +27,7 @@ class Pairs(Sentences):
         return self.files_of
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Yield the rows of a table under a line of names, but for pairs on whose label there is no agreement."""
+        """Yield the rows under a line of names, but for pairs on whose label there is no agreement."""
         header: Sequence[str] = ()
         for line in filled(lines(self.find(self.files_of[("train", "valid", "test").index(split)]))):
             row = line.text.split("\t")

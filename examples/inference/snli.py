@@ -2,8 +2,7 @@
 
 from typing import List
 
-from pairs import Pairs
-from recipe import main  # after pairs, which finds it
+from pairs import Pairs, main
 
 
 class SNLI(Pairs):

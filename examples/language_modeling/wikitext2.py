@@ -1,4 +1,4 @@
-"""WikiText-2, from tokens to perplexity, for each recurrent unit; README.md explains the settings of wikitext2.yaml."""
+"""WikiText-2, from tokens to perplexity, for each recurrent unit; README.md explains the settings."""
 
 import re
 import sys
@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterator, List, Sequence
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import PART, Line, Recipe, Refused, Run, blanks, lines, main, package, say  # noqa: E402
+from recipe import PART, Line, Recipe, Refused, Run, blanks, lines, main, package, say
 
 SPLITS = ("train", "valid", "test")
 
@@ -44,14 +44,14 @@ class WikiText2(Recipe):
     def write_text(self, part: Path) -> None:
         (part / "text").mkdir()
         for split, text in self.split().items():
-            count = words = 0
+            words = 0
             with open(part / "text" / split, "w", encoding="utf-8", newline="\n") as file:
-                for count, line in enumerate(text, 1):
+                for line in text:
                     words += len(line.text.split())
                     file.write(blanks(line.text) + "\n")
             if not words:
                 raise Refused(f"there is no text for {split}")
-            say(f"   {split}: {words} words in {count} lines")
+            say(f"   {split}: {words} words")
 
     def prepare(self) -> None:
         self.text({"small": self.config["small"]}, self.write_text)
@@ -61,7 +61,14 @@ class WikiText2(Recipe):
 
     def evaluate(self, run: Run) -> Sequence[Any]:
         command = ["fairseq-eval-lm", "bin", "--user-dir", package(), "--task", "truncated_bptt_lm"]
-        command += ["--path", f"{run.folder}/checkpoint_best.pt", "--tokens-per-sample", 512, "--num-workers", 0]
+        command += [
+            "--path",
+            f"{run.folder}/checkpoint_best.pt",
+            "--tokens-per-sample",
+            512,
+            "--num-workers",
+            0,
+        ]
         commands = [[*command, "--gen-subset", split] for split in ("valid", "test")]
         inputs = {**self.checkpoint(run, "checkpoint_best.pt"), **self.work.outputs("binarize")}
         step = f"{run.folder}/perplexity"

@@ -1,4 +1,4 @@
-"""CoNLL-2003 named entities with each recurrent unit, from four columns to F1; README.md explains the settings."""
+"""CoNLL-2003 named entities with each recurrent unit, from four columns to F1; see README.md."""
 
 import re
 import sys
@@ -7,10 +7,10 @@ from typing import Any, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import PART, Line, Recipe, Refused, Run, lines, main, package, say, written  # noqa: E402
+from recipe import PART, Line, Recipe, Refused, Run, lines, main, package, say, written
 
 FILES = {"train": "eng.train", "valid": "eng.testa", "test": "eng.testb"}
-# prefixes of what begins and continues an entity, and where they are told apart, ends it or is one of one word
+# prefixes of what begins and continues an entity, and, where told apart, ends it or is one of one word
 SCHEMES = ("BI", "BIES", "BILU")
 
 Word = Tuple[Line, str, str]  # where it is, word, tag
@@ -19,7 +19,7 @@ Word = Tuple[Line, str, str]  # where it is, word, tag
 def sentences(text: Iterable[Line], columns: Set[int]) -> Iterator[List[Word]]:
     """Yield each sentence's words and tags, the first and the last column; -DOCSTART- is no sentence.
 
-    Only blanks and tabs are between columns; other white space within a word becomes "_", lest it end the word.
+    Blanks and tabs are between columns; other white space in a word becomes "_", lest it end the word.
     ``columns`` gets the number of columns, which must be the same in all lines, and at least two.
     """
     sentence: List[Word] = []
@@ -39,7 +39,7 @@ def sentences(text: Iterable[Line], columns: Set[int]) -> Iterator[List[Word]]:
 
 
 def scheme(words: Iterable[Word]) -> str:
-    """Return the prefixes of the tags' scheme: BI of IOB1 and IOB2, BIES of BIOES and IOBES, or BILU of BILOU."""
+    """Return the prefixes of the scheme: BI of IOB1 and IOB2, BIES of BIOES and IOBES, BILU of BILOU."""
     found: Set[str] = set()
     for line, _, tag in words:
         prefix, dash, kind = tag.partition("-")
@@ -49,8 +49,8 @@ def scheme(words: Iterable[Word]) -> str:
                 raise line.refuse(f"the tag {tag} is not O or a prefix, a hyphen and a type")
             if not any(found <= set(prefixes) for prefixes in SCHEMES):
                 raise line.refuse(
-                    f"the tag {tag} makes the prefixes {', '.join(sorted(found))}, which are not of IOB1, IOB2, "
-                    "BIOES, IOBES or BILOU"
+                    f"the tag {tag} makes the prefixes {', '.join(sorted(found))}, which are not those of "
+                    "IOB1, IOB2, BIOES, IOBES or BILOU"
                 )
     return next(prefixes for prefixes in SCHEMES if found <= set(prefixes))
 
@@ -58,8 +58,8 @@ def scheme(words: Iterable[Word]) -> str:
 def to_iobes(words: Sequence[Word], prefixes: str) -> List[str]:
     """Turn a sentence's tags into IOBES: B, I and E begin, continue and end an entity, S is one of one word.
 
-    In IOB1 an entity begins with I, but with B where it follows another one of the same type. In BIOES and BILOU
-    an entity must end before another tag.
+    In IOB1 an entity begins with I, but with B where it follows another one of the same type. In BIOES and
+    BILOU an entity must end before another tag.
     """
     tags, result = [tag for _, _, tag in words], []
     for (line, _, _), before, tag, after in zip(words, ["O", *tags], tags, [*tags[1:], "O"]):
@@ -70,9 +70,13 @@ def to_iobes(words: Sequence[Word], prefixes: str) -> List[str]:
         else:
             goes_on, is_open = ("I", prefixes[2]), before[0] in "BI"
             if is_open != (tag[0] in goes_on) or (is_open and before[2:] != kind):
-                raise line.refuse(f"the tag {tag} cannot follow {before} with the prefixes {', '.join(prefixes)}")
+                raise line.refuse(
+                    f"the tag {tag} cannot follow {before} with the prefixes {', '.join(prefixes)}"
+                )
             if tag[0] in "BI" and after[0] not in goes_on:
-                raise line.refuse(f"the tag {tag} cannot be an entity's last with the prefixes {', '.join(prefixes)}")
+                raise line.refuse(
+                    f"the tag {tag} cannot be an entity's last with the prefixes {', '.join(prefixes)}"
+                )
             prefix = "BIESO"[f"{prefixes}O".index(tag[0])]
         result.append(f"{prefix}-{kind}" if kind else tag)
     return result
@@ -85,7 +89,9 @@ def entities_report(references: Sequence[Sequence[str]], found: Dict[int, List[s
     tags = [found.get(i, []) for i in range(len(references))]
     for number, (right, there) in enumerate(zip(references, tags), 1):
         if len(right) != len(there):
-            raise Refused(f"there are {len(there)} tags for sentence {number} of the test, which has {len(right)}")
+            raise Refused(
+                f"there are {len(there)} tags for sentence {number} of the test, which has {len(right)}"
+            )
     report = classification_report(list(references), tags, digits=4)
     return report, f"{100 * f1_score(list(references), tags):.2f}"
 
@@ -130,7 +136,14 @@ class CoNLL2003(Recipe):
     def prepare(self) -> None:
         self.text({}, self.write_text)
         command = ["fairseq-preprocess", "-s", "words", "-t", "tags", "--dataset-impl", "raw"]
-        command += ["--thresholdsrc", self.config["min_count"], "--padding-factor", 1, "--destdir", f"{PART}/bin"]
+        command += [
+            "--thresholdsrc",
+            self.config["min_count"],
+            "--padding-factor",
+            1,
+            "--destdir",
+            f"{PART}/bin",
+        ]
         command += [word for split in FILES for word in (f"--{split}pref", f"text/{split}")]
         settings = {"min_count": self.config["min_count"]}
         self.work.step("binarize", settings, self.work.outputs("text"), lambda part: None, [command])
@@ -140,7 +153,10 @@ class CoNLL2003(Recipe):
         common += ["--num-workers", 0, "--path", f"{run.folder}/checkpoint_best.pt", "--batch-size", 128]
         if "max_word_length" in run.settings["task"]:
             common += ["--max-word-length", run.settings["task"]["max_word_length"]]
-        commands = [["fairseq-validate", *common, "--valid-subset", "valid,test"], ["fairseq-generate", *common]]
+        commands = [
+            ["fairseq-validate", *common, "--valid-subset", "valid,test"],
+            ["fairseq-generate", *common],
+        ]
 
         def read(part: Path, log: str) -> List[str]:
             dev, test = (f"{float(f1):.2f}" for f1 in re.findall(r" f1 ([\d.]+)", log)[:2])

@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Sequence, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import Recipe, Refused, Run, main, package, say  # noqa: E402
+from recipe import Recipe, Refused, Run, main, package, say
 
 TOKEN = re.compile(r"\w+|[^\w\s]")
 DATASETS = {"xquad": ("xquad.en.json",), "squad": ("train-v1.1.json", "dev-v1.1.json")}
@@ -22,13 +22,13 @@ def tokenize(text: str) -> List[Tuple[int, int]]:
 def load(path: Path) -> List[Dict[str, Any]]:
     """Return a file's articles.
 
-    Raises :class:`Refused` where it is not JSON in SQuAD's form, an id occurs twice, a text has no words, or an
-    answer is missing or not there.
+    Raises :class:`Refused` where it is not JSON in SQuAD's form, an id occurs twice, a question has no words,
+    or an answer is missing or not there.
     """
     try:
         articles = json.loads(path.read_bytes().decode("utf-8-sig"))["data"]
         questions = [
-            (paragraph["context"], question, question["id"], question["question"], question["answers"])
+            (paragraph["context"], question["id"], question["question"], question["answers"])
             for article in articles
             for paragraph in article["paragraphs"]
             for question in paragraph["qas"]
@@ -42,7 +42,7 @@ def load(path: Path) -> List[Dict[str, Any]]:
     except (KeyError, TypeError, AssertionError) as error:
         raise Refused(f"{path} is not in the form of SQuAD 1.1: {type(error).__name__} {error}") from error
     ids = set()
-    for text, question, name, asked, found in questions:
+    for text, name, asked, found in questions:
         where = f"{path}, question {name}"
         if name in ids:
             raise Refused(f"{where}: another question has the same id")
@@ -52,7 +52,9 @@ def load(path: Path) -> List[Dict[str, Any]]:
         for answer in found:
             begin, end = answer["answer_start"], answer["answer_start"] + len(answer["text"])
             if begin < 0 or text[begin:end] != answer["text"] or not TOKEN.search(answer["text"]):
-                raise Refused(f"{where}: the passage does not have the answer {answer['text']!r} at character {begin}")
+                raise Refused(
+                    f"{where}: the passage does not have the answer {answer['text']!r} at character {begin}"
+                )
     return articles
 
 
@@ -90,22 +92,22 @@ class SQuAD(Recipe):
     script = __file__
 
     def check(self) -> None:
-        self.choose("dataset", DATASETS)
-        self.splits = ("train", "valid", "test") if self.config["dataset"] == "xquad" else ("train", "valid")
+        self.choose("corpus", DATASETS)
+        self.splits = ("train", "valid", "test") if self.config["corpus"] == "xquad" else ("train", "valid")
         scores = [cell for split in self.splits for cell in (f"{split} EM", "F1")]
         self.header = ["unit", "parameters", *scores, "s/batch"]
 
     def work_name(self) -> str:
-        return self.config["dataset"]
+        return self.config["corpus"]
 
     def names(self) -> Sequence[str]:
-        return DATASETS[self.config["dataset"]]
+        return DATASETS[self.config["corpus"]]
 
     def urls(self) -> List[str]:
-        return [f"{self.config['url_' + self.config['dataset']]}/{name}" for name in self.names()]
+        return [f"{self.config['url_' + self.config['corpus']]}/{name}" for name in self.names()]
 
     def write_text(self, part: Path) -> None:
-        """Write each split as a file of SQuAD's; of every ten articles of XQuAD one is for valid, one for test."""
+        """Write a file for each split; of every ten articles of XQuAD one is for valid, one for test."""
         (part / "text").mkdir()
         paths = [self.find(name) for name in self.names()]
         found = [load(path) for path in paths]
@@ -126,7 +128,7 @@ class SQuAD(Recipe):
             say(f"   {split}: {count} questions")
 
     def write_bin(self, part: Path) -> None:
-        """Write each split's passages and questions, an object a line, and the words that training has twice."""
+        """Write each split's passages and questions, an object a line, and the training's words."""
         from fairseq.data import Dictionary
 
         (part / "bin").mkdir()
@@ -145,14 +147,23 @@ class SQuAD(Recipe):
                 dictionary.save(str(part / "bin/dict.txt"))
 
     def prepare(self) -> None:
-        self.text({"dataset": self.config["dataset"]}, self.write_text)
+        self.text({"corpus": self.config["corpus"]}, self.write_text)
         self.work.step("binarize", {}, self.work.outputs("text"), self.write_bin)
 
     def evaluate(self, run: Run) -> Sequence[Any]:
         last, splits = f"{run.folder}/checkpoint_last.pt", self.splits
         inputs = {**self.checkpoint(run, "checkpoint_last.pt"), **self.work.outputs("binarize")}
         validate = ["fairseq-validate", "bin", "--user-dir", package(), "--task", "reading_comprehension"]
-        validate += ["--path", last, "--valid-subset", ",".join(splits), "--batch-size", 32, "--num-workers", 0]
+        validate += [
+            "--path",
+            last,
+            "--valid-subset",
+            ",".join(splits),
+            "--batch-size",
+            32,
+            "--num-workers",
+            0,
+        ]
         validate += ["--required-batch-size-multiple", 1, "--log-format", "simple"]
         script = Path(__file__).with_name("predict.py")
         predict = [sys.executable, script, last, "bin", splits[-1], f"{run.folder}/answers.json"]
@@ -162,7 +173,7 @@ class SQuAD(Recipe):
             rows = [re.search(rf"valid on '{split}' subset \|(.*)", log)[1] for split in splits]
             return [re.search(rf" {metric} ([\d.]+)", row)[1] for row in rows for metric in ("em", "f1")]
 
-        scores = self.scores(f"{run.folder}/answers", inputs, [validate, predict], found)
+        scores = self.scores(f"{run.folder}/scores", inputs, [validate, predict], found)
         return scores and [run.name, self.parameters(run), *scores, self.seconds(run)]
 
 

@@ -3,8 +3,7 @@
 import re
 from typing import Iterator, List
 
-from translation import Line, Translation
-from recipe import lines, main  # after translation, which finds it
+from translation import Line, Translation, lines, main
 
 TESTS = ("TED.dev2010", "TEDX.dev2012", "TED.tst2010", "TED.tst2011", "TED.tst2012")
 BLANKS = " \t\v\f\r"
@@ -24,13 +23,13 @@ class IWSLT14(Translation):
         return [self.config["url"]]
 
     def side(self, split: str, language: str) -> Iterator[Line]:
-        """Yield the talks' sentences, with their titles and descriptions, each 23rd for validation; or the tests'."""
+        """Yield the talks' sentences, titles and descriptions, each 23rd for validation; or the tests'."""
         if split == "test":
             for test in TESTS:
                 for line in lines(self.find(f"IWSLT14.{test}.de-en.{language}.xml")):
                     segment = re.match(r".*<seg id[^>]*>(.*?)(</seg>.*)?$", line.text, re.S)
                     if segment:
-                        yield line._replace(text=segment[1].strip(BLANKS).replace("’", "'"))
+                        yield line._replace(text=segment[1].strip(BLANKS).replace("\u2019", "'"))
             return
         count = 0
         for line in lines(self.find(f"train.tags.de-en.{language}")):

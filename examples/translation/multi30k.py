@@ -2,22 +2,22 @@
 
 from typing import Iterator, List
 
-from translation import Line, Translation
-from recipe import lines, main  # after translation, which finds it
+from translation import Line, Translation, lines, main
+
+FILES = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
 
 
 class Multi30K(Translation):
     script = __file__
-    files_of = {"train": "train", "valid": "val", "test": "test_2016_flickr"}
 
     def names(self) -> List[str]:
-        return [f"{name}.{language}" for name in self.files_of.values() for language in self.languages]
+        return [f"{name}.{language}" for name in FILES.values() for language in self.languages]
 
     def urls(self) -> List[str]:
         return [f"{self.config['url']}/{name}.gz" for name in self.names()]
 
     def side(self, split: str, language: str) -> Iterator[Line]:
-        return lines(self.find(f"{self.files_of[split]}.{language}"))
+        return lines(self.find(f"{FILES[split]}.{language}"))
 
 
 if __name__ == "__main__":

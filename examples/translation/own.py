@@ -6,11 +6,10 @@ import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-from translation import SPLITS, Line, Translation
-from recipe import Refused, lines, main, say  # after translation, which finds it
+from translation import SPLITS, Line, Refused, Translation, lines, main, say
 
 NAMES = {"train": ("train",), "valid": ("valid", "dev", "val"), "test": ("test",)}
-# sacreBLEU's tokenizers, and the module that one needs, of languages that write without blanks; others have 13a
+# sacreBLEU's tokenizers of languages that write without blanks, and the module that one needs; else 13a
 TOKENIZERS = {"ja": ("ja-mecab", "MeCab"), "ko": ("ko-mecab", "mecab_ko"), "zh": ("zh", "sacrebleu")}
 TOKENIZERS.update({language: ("char", "sacrebleu") for language in ("th", "lo", "km", "my", "bo", "dz")})
 
@@ -24,9 +23,13 @@ class Own(Translation):
         for split in SPLITS:
             files = config[split]
             if files and (len(files) != 2 or not all(Path(file).is_file() for file in files)):
-                raise Refused(f"{split} is {','.join(files)}, but must be two files, as {split}=text.en,text.de")
+                raise Refused(
+                    f"{split} is {','.join(files)}, but must be two files, as {split}=text.en,text.de"
+                )
         if bool(config["train"]) == (self.data is not None):
-            raise Refused("give either train=FILE,FILE or --data DIR, with train.LANGUAGE in it for each language")
+            raise Refused(
+                "give either train=FILE,FILE or --data DIR, with train.LANGUAGE in it for each language"
+            )
         languages = config["languages"]
         if len(languages) == 1 and languages[0].count("-") == 1:
             languages = languages[0].split("-")
@@ -34,7 +37,9 @@ class Own(Translation):
             languages = [name(Path(file)).rpartition(".")[2] for file in config["train"]]
         plain = all(language.replace("_", "").isalnum() for language in languages)
         if len(languages) != 2 or len(set(languages)) != 2 or not plain:
-            raise Refused(f"languages is {','.join(languages)}, but must be two different ones, as languages=en-ja")
+            raise Refused(
+                f"languages is {','.join(languages)}, but must be two different ones, as languages=en-ja"
+            )
         config["languages"] = languages
 
     @property
@@ -66,10 +71,10 @@ class Own(Translation):
         return {**super().text_settings(), "held_out": self.config["held_out"]}
 
     def write_text(self, part: Path) -> None:
-        """Write train, valid and test; what is not given is taken from the training text, and not trained on.
+        """Write train, valid and test; what is not given is taken from the training text.
 
-        Which sentences these are depends on the sentences alone, by a hash. All pairs with such a source leave the
-        training text, and one of them is held out.
+        Which sentences these are depends on themselves alone, by a hash. All pairs with such a source leave
+        the training text, and the first of them is held out.
         """
         given = [split for split in SPLITS if f"{split}.{self.languages[0]}" in self.files()]
         missing = [split for split in SPLITS if split not in given]
@@ -78,14 +83,22 @@ class Own(Translation):
         if missing:
             size = min(self.config["held_out"], len(sources) // 20)
             if not size:
-                least = "20 different sentences are needed" if self.config["held_out"] else "held_out must be positive"
-                raise Refused(f"there are {len(sources)} different sentences to take {missing[0]} from, but {least}")
+                least = (
+                    "20 different sentences are needed"
+                    if self.config["held_out"]
+                    else "held_out must be positive"
+                )
+                raise Refused(
+                    f"there are {len(sources)} different sentences to take {missing[0]} from, but {least}"
+                )
             order = sorted(sources, key=lambda source: hashlib.sha256(source.encode("utf-8")).digest())
             for i, split in enumerate(missing):
                 sources.update(dict.fromkeys(order[i * size : (i + 1) * size], split))
         for split in SPLITS:
             if split in missing:
-                held = {pair[0].strip(): pair for pair in reversed(pairs) if sources[pair[0].strip()] == split}
+                held = {
+                    pair[0].strip(): pair for pair in reversed(pairs) if sources[pair[0].strip()] == split
+                }
                 self.write(part / "text", split, reversed(list(held.values())))
             elif split == "train":
                 self.write(part / "text", split, (pair for pair in pairs if sources[pair[0].strip()] is None))

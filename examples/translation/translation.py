@@ -15,7 +15,21 @@ from omegaconf import OmegaConf
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import PART, Line, Recipe, Refused, Run, lengths, log_name, numbered, package, say, written  # noqa: E402
+from recipe import (  # noqa: F401  some for the recipes
+    PART,
+    Line,
+    Recipe,
+    Refused,
+    Run,
+    lengths,
+    lines,
+    log_name,
+    main,
+    numbered,
+    package,
+    say,
+    written,
+)
 
 SPLITS = ("train", "valid", "test")
 SCORE = re.compile(r"^ *(\S+\|\S+ = ([\d.]+).*)$", re.M)
@@ -25,8 +39,8 @@ class Translation(Recipe):
     """A recipe for pairs of sentences.
 
     Attributes:
-        published: others' figures are of these data. So they are also scored as those are, and what is wrong in
-            the validation and test sets is told and not refused.
+        published: others' figures are of these data. So they are also scored as those are, and what is wrong
+            in the validation and test sets is told and not refused.
     """
 
     published = False
@@ -56,12 +70,16 @@ class Translation(Recipe):
         raise NotImplementedError
 
     def pairs(self, split: str) -> Iterator[Tuple[str, str]]:
-        """Yield the pairs of a split, whose sides must be equally long; training pairs only if no side is empty."""
+        """Yield the pairs of a split, whose sides must be equally long; to train on, without empty ones."""
         total, empty, last = 0, [], None
         for pair in zip_longest(*(self.side(split, language) for language in self.languages)):
             if None in pair:
                 line, missing = pair[pair.index(None) - 1], pair.index(None)
-                end = f"{last[missing].path} ends after line {last[missing].number}" if last else "there is none"
+                end = (
+                    f"{last[missing].path} ends after line {last[missing].number}"
+                    if last
+                    else "there is none"
+                )
                 raise line.refuse(f"the other language has no sentence for this one: {end}")
             total, last = total + 1, pair
             without = [line for line in pair if not line.text.strip()]
@@ -86,7 +104,8 @@ class Translation(Recipe):
                 stack.enter_context(open(folder / f"{split}.{language}", "w", encoding="utf-8", newline="\n"))
                 for language in self.languages
             ]
-            for count, pair in enumerate(pairs, 1):
+            for pair in pairs:
+                count += 1
                 for text, file in zip(pair, files):
                     file.write(text + "\n")
         if not count:
@@ -118,9 +137,9 @@ class Translation(Recipe):
         except RuntimeError as error:
             most = re.search(r"to a value <= (\d+)", str(error))
             least = re.search(r"required_chars. \d+ vs (\d+)", str(error))
-            if not most and not least:
-                raise Refused(f"sentencepiece failed: {error}") from error
-            bound = f"at most {most[1]}" if most else f"more than {least[1]}"
+            bound = (
+                f"at most {most[1]}" if most else f"more than {least[1]}" if least else f"possible: {error}"
+            )
             raise Refused(f"vocab_size is {vocab_size}, but must be {bound} for this text") from error
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         for split in SPLITS:
@@ -165,17 +184,22 @@ class Translation(Recipe):
     def examine(self, run: Run) -> None:
         average, kept = self.config["average"], run.settings["checkpoint"]["keep_last_epochs"]
         if average > kept > 0:
-            raise Refused(f"average is {average}, but only {kept} epochs are kept: give checkpoint.keep_last_epochs")
+            raise Refused(
+                f"average is {average}, but only {kept} epochs are kept: give checkpoint.keep_last_epochs"
+            )
         tokens = run.settings["dataset"]["max_tokens"]
         for side, language in zip(("source", "target"), self.languages):
             option = f"max_{side}_positions"
-            limit, group = min((run.settings[group][option], group) for group in ("task", "model"))
+            limits = [(run.settings[group][option], group) for group in ("task", "model")]
+            limit, group = min(limits, key=lambda found: found[0])
             for split in SPLITS:
                 path = self.work.folder / "subwords" / f"{split}.{language}"
                 sizes = (len(line.split()) + 1 for line in written(path))
                 lengths(run, split, path, sizes, limit, f"{group}.{option}")
                 if tokens is not None and tokens < limit and split != "test":
-                    sizes = (size * (size <= limit) for size in (len(line.split()) + 1 for line in written(path)))
+                    sizes = (
+                        size * (size <= limit) for size in (len(line.split()) + 1 for line in written(path))
+                    )
                     lengths(run, split, path, sizes, tokens, "dataset.max_tokens", spare=False)
 
     def search(self, run: Run) -> List[Any]:
@@ -212,7 +236,9 @@ class Translation(Recipe):
             sentences = sum(1 for _ in self.written("text", "test", target))
             if sorted(found) != list(range(sentences)):
                 raise Refused(f"there are {len(found)} translations of {sentences} sentences")
-            (part / translations).write_bytes("".join(found[i] + "\n" for i in range(sentences)).encode("utf-8"))
+            (part / translations).write_bytes(
+                "".join(found[i] + "\n" for i in range(sentences)).encode("utf-8")
+            )
 
         inputs = {**self.checkpoint(run, f"checkpoint_{name}.pt"), **work.outputs("binarize")}
         inputs[reference] = work.hash(reference)
@@ -228,11 +254,15 @@ class Translation(Recipe):
             words = "-m bleu -lc --tokenize none --force -f text -w 1".split()
             commands.append(["sacrebleu", files[2], "-i", files[3], *words])
         inputs = {file: work.hash(file) for file in files}
-        scores = self.scores(f"{run.folder}/score.{name}", inputs, commands, lambda part, log: SCORE.findall(log))
+        scores = self.scores(
+            f"{run.folder}/score.{name}", inputs, commands, lambda part, log: SCORE.findall(log)
+        )
         if scores is None:
             return []
         if len(scores) != len(self.header) - 2:
-            raise Refused(f"sacrebleu gave {len(scores)} scores, see {work.folder / log_name(run.folder + '/score')}")
+            raise Refused(
+                f"sacrebleu gave {len(scores)} scores, see {work.folder / log_name(run.folder + '/score')}"
+            )
         self.signatures += [f"{run.name}: {score}" for score, _ in scores]
         return [run.name, self.parameters(run), *(number for _, number in scores)]
 
@@ -244,10 +274,14 @@ class Translation(Recipe):
         """Average the parameters of the last epochs' checkpoints."""
         count, folder = self.config["average"], self.work.folder / run.folder
         epochs = sorted(
-            int(found[1]) for found in (re.fullmatch(r"checkpoint(\d+)\.pt", x.name) for x in folder.glob("*")) if found
+            int(found[1])
+            for found in (re.fullmatch(r"checkpoint(\d+)\.pt", x.name) for x in folder.glob("*"))
+            if found
         )
         if len(epochs) < count and not self.work.dry:
-            raise Refused(f"average is {count}, but {folder} has {len(epochs)} epochs: give average={len(epochs)}")
+            raise Refused(
+                f"average is {count}, but {folder} has {len(epochs)} epochs: give average={len(epochs)}"
+            )
         files = [f"{run.folder}/checkpoint{epoch}.pt" for epoch in epochs[-count:]]
         output = f"{run.folder}/checkpoint_{name}.pt"
         script = Path(__file__).with_name("average.py")
@@ -257,14 +291,18 @@ class Translation(Recipe):
 
     def tokenize(self, run: Run, name: str, files: Sequence[str]) -> List[str]:
         """Tokenize reference and translations as Moses does, for the score that papers give."""
-        outputs = [f"{run.folder}/{name}.{kind}.tok.{self.languages[1]}" for kind in ("reference", "translation")]
+        outputs = [
+            f"{run.folder}/{name}.{kind}.tok.{self.languages[1]}" for kind in ("reference", "translation")
+        ]
 
         def make(part: Path) -> None:
             from sacremoses import MosesTokenizer
 
             tokenizer = MosesTokenizer(self.languages[1])
             for source, output in zip(files, outputs):
-                text = (tokenizer.tokenize(line, return_str=True) for line in written(self.work.folder / source))
+                text = (
+                    tokenizer.tokenize(line, return_str=True) for line in written(self.work.folder / source)
+                )
                 (part / output).write_bytes("".join(line + "\n" for line in text).encode("utf-8"))
 
         inputs = {file: self.work.hash(file) for file in files}
@@ -288,7 +326,10 @@ class Translation(Recipe):
         if not work.dry:
             work.open()
         for run in names:
-            steps = [work.steps.get(f"runs/{run}/{step}") for step in ("train", f"translate.{name}", f"score.{name}")]
+            steps = [
+                work.steps.get(f"runs/{run}/{step}")
+                for step in ("train", f"translate.{name}", f"score.{name}")
+            ]
             if None in steps:
                 raise Refused(f"{work.folder} has no scores of {run}, {name}: train it first")
             runs.append(Run(run, {**steps[0]["settings"], **steps[1]["settings"]}))

@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 from typing import Iterator, List
 
-from translation import Line, Translation
-from recipe import lines, main  # after translation, which finds it
+from translation import Line, Translation, lines, main
 
 CORPORA = {
     "train": ("europarl-v7.de-en", "commoncrawl.de-en", "news-commentary-v9.de-en"),

@@ -27,15 +27,15 @@ Isa best() {
 }
 
 Isa parse(const std::string& name, const char* argument) {
-  for (int i = 0; i < 3; ++i) {
+  const int available = static_cast<int>(best());
+  for (int i = 0; i <= available; ++i) {
     if (name == kNames[i]) {
-      TORCH_CHECK_VALUE(
-          static_cast<Isa>(i) <= best(), argument, " must be ", kNames[static_cast<int>(best())],
-          " or one before it in default, avx2, avx512 on this machine, but is '", name, "'");
       return static_cast<Isa>(i);
     }
   }
-  TORCH_CHECK_VALUE(false, argument, " must be default, avx2 or avx512, but is '", name, "'");
+  constexpr const char* kLists[] = {"default", "default or avx2", "default, avx2 or avx512"};
+  TORCH_CHECK_VALUE(false, argument, " must be ", kLists[available], " on this machine, but is '",
+                    name, "'");
 }
 
 Isa at_first() {

@@ -85,7 +85,8 @@ class BeamSearchGenerator(SequenceGenerator):
         search = torch.classes.fairseq_lrn.BeamSearch(sentences, *options)
         encoder_out = encoder.forward_torchscript(net_input)
         state: Dict[str, Dict[str, Optional[Tensor]]] = {}
-        rows, attention = sentences, []
+        rows = sentences
+        attention: List[Tensor] = []
         while sentences > 0:
             tokens, order = search.rows()
             if len(attention) == 1 and self.beam_size > 1:  # sentences had one row each and get several
@@ -109,8 +110,8 @@ class BeamSearchGenerator(SequenceGenerator):
                 break
         *found, ancestors = search.hypotheses()
         found = [x.to(device) for x in found]
-        attention = torch.cat(attention or [torch.empty(0, source_length)])
-        return (*found, attention.index_select(0, ancestors.to(attention.device)))
+        attended = torch.cat(attention or [torch.empty(0, source_length)])
+        return (*found, attended.index_select(0, ancestors.to(attended.device)))
 
 
 class BeamSearchGeneratorWithAlignment(SequenceGeneratorWithAlignment, BeamSearchGenerator):

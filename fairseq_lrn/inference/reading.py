@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 import types
-from typing import Any, Callable, Dict, Iterator, List, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
 
 import torch
 import torch.nn as nn
@@ -39,7 +39,7 @@ _BLOCK = {
     "ffn": (FeedForward,),
 }
 # Of each module that the translator knows: the modules inside it, and the attributes that count.
-CHILDREN: Dict[type, Dict[str, Tuple[type, ...]]] = {
+CHILDREN: Dict[type, Mapping[str, Tuple[type, ...]]] = {
     LRNModel: {"encoder": (LRNEncoder,), "decoder": (LRNDecoder,)},
     LRNEncoder: _ENDS,
     LRNDecoder: {**_ENDS, "output_projection": _LINEAR},
@@ -55,7 +55,7 @@ CHILDREN: Dict[type, Dict[str, Tuple[type, ...]]] = {
 LAYERS = {LRNEncoder: LRNEncoderLayer, LRNDecoder: LRNDecoderLayer}
 SETTINGS: Dict[type, Tuple[str, ...]] = {
     LRNEncoder: ("embed_scale", "padding_idx"),
-    LRNDecoder: ("embed_scale", "num_layers"),
+    LRNDecoder: ("embed_scale", "num_layers", "alignment_layer", "alignment_heads"),
     FeedForward: ("activation_fn",),
     EncoderAttention: ("head_dim",),
     LRN: ("activation", "output_gate", "bidirectional", "num_layers", "layer_norm", "batch_first"),
@@ -143,6 +143,9 @@ def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     width = model.decoder.embed_tokens.embedding_dim
     if head_dim <= 0 or width % head_dim != 0:
         raise Unknown(f"head_dim, {head_dim}, does not divide the decoder's width, {width}")
+    aligned = (model.decoder.alignment_layer, model.decoder.alignment_heads)
+    if aligned != (model.decoder.num_layers - 1, width // head_dim):
+        raise Unknown("the attention asked for is not that of the last layer and all heads")
     return weights, {
         "activation": _same("activation", [layer.rnn for layer in layers]),
         "activation_fn": _same("activation_fn", [layer.ffn for layer in layers], _activation),

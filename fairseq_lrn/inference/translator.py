@@ -96,6 +96,7 @@ class Translator:
         return {
             "encoder_out": [self._native.encode(src_tokens)],
             "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
+            "encoder_states": [],
         }
 
     def extract_features(
@@ -127,4 +128,7 @@ class Translator:
         decoder.set_incremental_state(
             incremental_state, "states", {"states": states, "keys_values": saved["keys_values"]}
         )
-        return features.unsqueeze(1), {"attn": [None if attn is None else attn.unsqueeze(1)]}
+        return features.unsqueeze(1), {
+            "attn": [None if attn is None else attn.unsqueeze(1)],
+            "inner_states": [],
+        }

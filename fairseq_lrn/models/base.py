@@ -1,13 +1,15 @@
 """What all models of this package share: the unit's options and their checks, embeddings, architectures."""
 
+import os
 from dataclasses import dataclass, field, make_dataclass
-from typing import Any, Dict, Iterable, List, Optional
+from typing import Any, Callable, Dict, Iterable, List, Optional
 
 import torch
 import torch.nn as nn
 from fairseq import utils
 from fairseq.data import Dictionary
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from fairseq.file_io import PathManager
 from fairseq.models import (
     ARCH_MODEL_NAME_REGISTRY,
     MODEL_DATACLASS_REGISTRY,
@@ -16,6 +18,7 @@ from fairseq.models import (
 from fairseq.models.transformer import Embedding
 from fairseq.modules import AdaptiveSoftmax, FairseqDropout
 from hydra.core.config_store import ConfigStore
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..modules import CELLS
@@ -28,11 +31,21 @@ Activation = ChoiceEnum(["tanh", "identity"])
 class CellConfig(FairseqDataclass):
     """Options of every model."""
 
+    checkpoint = None  # fairseq's options of loading, where one of its commands builds the model
+
     cell: ChoiceEnum(CELLS) = field(
         default="lrn", metadata={"help": "recurrent unit; olrn is lrn with an output gate"}
     )
     cell_activation: Activation = field(default="tanh", metadata={"help": "activation g of lrn and olrn"})
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
+
+    @classmethod
+    def from_namespace(cls, args: Any) -> "CellConfig":
+        """As :meth:`FairseqDataclass.from_namespace`, noting what else a whole configuration says."""
+        config = super().from_namespace(args)
+        if isinstance(args, DictConfig):
+            config.checkpoint = OmegaConf.select(args._get_root(), "checkpoint")
+        return config
 
 
 @dataclass
@@ -97,6 +110,12 @@ def check_positive(cfg: Any, names: Iterable[str]) -> None:
     for name in names:
         if getattr(cfg, name, 1) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
+
+
+def refuse_full_context(full_context_alignment: bool) -> None:
+    """Raise ValueError for ``full_context_alignment``, which fairseq's Transformer has."""
+    if full_context_alignment:
+        raise ValueError("full_context_alignment must be False: a recurrent decoder reads no later words")
 
 
 def prepared(translator: Any) -> Any:
@@ -165,12 +184,70 @@ def reorder_sentences(encoder_out: Dict[str, List[Tensor]], new_order: Tensor) -
     return result
 
 
-def build_embedding(dictionary, embed_dim: int, path: Optional[str] = None) -> nn.Embedding:
-    """Make an embedding, with the vectors of fairseq's text file ``path`` for the words found there."""
+def build_embedding(
+    dictionary: Dictionary, embed_dim: int, cfg: Optional[CellConfig] = None, option: str = ""
+) -> nn.Embedding:
+    """Make an embedding, with the vectors of fairseq's text file ``cfg.option`` for the words found there."""
     embedding = Embedding(len(dictionary), embed_dim, dictionary.pad())
-    if path:
-        utils.load_embedding(utils.parse_embedding(path), dictionary, embedding)
+    if cfg is not None:
+        read_vectors(
+            embedding,
+            cfg,
+            option,
+            lambda path: utils.load_embedding(utils.parse_embedding(path), dictionary, embedding),
+        )
     return embedding
+
+
+def read_vectors(embedding: nn.Embedding, cfg: CellConfig, option: str, read: Callable[[str], None]) -> None:
+    """Call ``read`` with the path ``cfg.option``, if one is given, to fill ``embedding`` before training.
+
+    A model that a checkpoint is loaded into needs no file, but fairseq does not say whether it will load one.
+    So, in its commands, the file is not read where there is a checkpoint to go on from. What is wrong with
+    the file is an error, a ValueError, once the embedding is used in training without being loaded.
+    """
+    path = getattr(cfg, option)
+    if not path:
+        return
+    if cfg.checkpoint is None:
+        read(path)
+        return
+    problem = "was not read, since there was a checkpoint to go on from, which then was not loaded"
+    if not is_restored(cfg.checkpoint):
+        try:
+            read(path)
+            return
+        except Exception as error:
+            problem = f"cannot be read: {error}"
+    Refusal(embedding, f"--{option.replace('_', '-')} {path} {problem}")
+
+
+class Refusal:
+    """Raises ValueError when ``embedding`` is used in training before it is loaded."""
+
+    def __init__(self, embedding: nn.Embedding, message: str) -> None:
+        self.message = message
+        self.hook = embedding.register_forward_pre_hook(self.refuse)
+        embedding.register_load_state_dict_post_hook(self.forget)
+
+    def refuse(self, embedding: nn.Module, inputs: Any) -> None:
+        """Raise ValueError if ``embedding`` is training."""
+        if embedding.training:
+            raise ValueError(self.message)
+
+    def forget(self, embedding: nn.Module, incompatible_keys: Any) -> None:
+        """Let ``embedding`` be used."""
+        self.hook.remove()
+
+
+def is_restored(checkpoint: Any) -> bool:
+    """Whether fairseq-train finds a checkpoint to begin with, given its options ``checkpoint``."""
+    path, others = checkpoint.restore_file, []
+    if path == "checkpoint_last.pt":
+        path = os.path.join(checkpoint.save_dir, path)
+        others = [checkpoint.get(name) for name in ("continue_once", "finetune_from_model")]
+    path = path.replace(".pt", f"{checkpoint.checkpoint_suffix or ''}.pt")
+    return any(name and PathManager.isfile(name) for name in (path, *others))
 
 
 def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Linear:

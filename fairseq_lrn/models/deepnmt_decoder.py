@@ -4,16 +4,16 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from fairseq.models import FairseqIncrementalDecoder
 from fairseq.models.transformer import Linear
 from torch import Tensor
 
 from ..modules import StepAttention, build_cell, build_recurrent
 from ..modules.linear import project
-from .base import Dropout, build_output_projection, find_padding, pick_sentences
+from .base import Dropout, build_output_projection, find_padding, pick_sentences, refuse_full_context
+from .encoder_decoder import Decoder
 
 
-class DeepNMTDecoder(FairseqIncrementalDecoder):
+class DeepNMTDecoder(Decoder):
     """A conditional recurrent layer with attention between its two cells, and layers over what both found.
 
     The first cell reads the previous word, its output looks for a context in the encoder's output, and the
@@ -34,6 +34,7 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
         self.embed_bias = nn.Parameter(torch.zeros(size))
         self.padding_idx = embed_tokens.padding_idx
         self.max_target_positions = cfg.max_target_positions
+        self.alignment_heads = cfg.alignment_heads or cfg.decoder_attention_heads
         self.dropout_module = Dropout(cfg.dropout, self.__class__.__name__)
         self.first = build_cell(cell, size, size, activation)
         self.attention = StepAttention(size, memory, cfg.decoder_attention_heads, cfg.attention == "additive")
@@ -50,28 +51,19 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
         self.feature = Linear(size + memory, size)
         self.output_projection = build_output_projection(embed_tokens, cfg.share_decoder_input_output_embed)
 
-    def forward(
+    def extract_features(
         self,
         prev_output_tokens: Tensor,
-        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        encoder_out: Optional[Dict[str, List[Tensor]]],
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
-        features_only: bool = False,
+        full_context_alignment: bool = False,
         alignment_layer: Optional[int] = None,
         alignment_heads: Optional[int] = None,
+        return_all_hiddens: bool = False,
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
-        """Predict each next token.
-
-        Args:
-            prev_output_tokens: (B, T) token ids; with ``incremental_state`` only the last one is read
-            encoder_out: what :class:`~fairseq_lrn.models.deepnmt_encoder.DeepNMTEncoder` returns
-            incremental_state: keeps states and keys between calls that decode word by word
-            features_only: return features (B, T, C) instead of scores
-            alignment_layer: not used, one layer attends
-            alignment_heads: average over this many heads (default: all)
-
-        Returns:
-            scores (B, T, V), and a dictionary with ``attn``: [(B, T, S), averaged over heads]
-        """
+        """As :meth:`forward`, but return features (B, T, C) instead of scores."""
+        refuse_full_context(full_context_alignment)
+        assert encoder_out is not None
         memory = encoder_out["encoder_out"][0]
         memory_mask = next(iter(encoder_out["encoder_padding_mask"]), None)
         saved, padding_mask = None, None
@@ -89,6 +81,7 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
         states, keys = saved["states"], saved["keys"]
 
         x = self.dropout_module(self.embed_tokens(prev_output_tokens.t()) + self.embed_bias)
+        inner_states = [x]
         state, outputs, contexts, weights = states[0], [], [], []
         for t, projected in enumerate(self.first.project(x).unbind(0)):
             query, new = self.first.step(projected, state)
@@ -101,17 +94,20 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
         y, context = torch.stack(outputs), torch.stack(contexts)
         new_states = [state[None]]
         x = self.layer_norms[0](x + self.dropout_module(self.projections[0](y)))
+        inner_states.append(x)
         for i, rnn in enumerate(self.rnns, 1):
             y, state = rnn(torch.cat([x, context], 2), states[i : i + 1].contiguous(), padding_mask)
             x = self.layer_norms[i](x + self.dropout_module(self.projections[i](y)))
+            inner_states.append(x)
             new_states.append(state)
         if incremental_state is not None:
             saved = {"states": torch.cat(new_states), "keys": keys}
             self.set_incremental_state(incremental_state, "saved", saved)
 
         x = self.dropout_module(torch.tanh(self.feature(torch.cat([x, context], 2)))).transpose(0, 1)
-        attn = torch.stack(weights, 1)[:, :, :alignment_heads].mean(2)
-        return x if features_only else self.output_layer(x), {"attn": [attn]}
+        heads = self.alignment_heads if alignment_heads is None else alignment_heads
+        attn = torch.stack(weights, 1)[:, :, :heads].mean(2)
+        return x, {"attn": [attn], "inner_states": inner_states if return_all_hiddens else []}
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V)."""
@@ -128,7 +124,3 @@ class DeepNMTDecoder(FairseqIncrementalDecoder):
             keys = keys if sentences is None else keys.index_select(1, sentences)
             saved = {"states": states.index_select(1, new_order), "keys": keys}
             self.set_incremental_state(incremental_state, "saved", saved)
-
-    def max_positions(self) -> int:
-        """Maximum target length in tokens."""
-        return self.max_target_positions

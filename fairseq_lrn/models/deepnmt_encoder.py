@@ -77,26 +77,41 @@ class DeepNMTEncoder(FairseqEncoder):
             nn.LayerNorm(size) if cfg.layer_norm else nn.Identity() for _ in self.rnns
         )
 
-    def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
+        token_embeddings: Optional[Tensor] = None,
+    ) -> Dict[str, List[Tensor]]:
         """Encode a batch of sentences, padded on the left or on the right.
 
         Args:
             src_tokens: (B, S) token ids
             src_lengths: not used, the padding is read off ``src_tokens``
+            return_all_hiddens: return what goes into the first layer and comes out of each
+            token_embeddings: (B, S, C), in place of the embeddings of ``src_tokens``
 
         Returns:
             ``encoder_out`` [(S, B, C)], ``encoder_padding_mask`` [(B, S)], True at padding, [] without any,
-            and ``encoder_state`` [(1, B, C or, with LSTM, 2·C)], the last layer's last state
+            ``encoder_states`` [(S, B, C)], [] unless asked for, and ``encoder_state``
+            [(1, B, C or, with LSTM, 2·C)], the last layer's last state
         """
         padding_mask = find_padding(src_tokens, self.padding_idx)
-        x = self.dropout_module(self.embed_tokens(src_tokens.t()) + self.embed_bias)
-        state = x[:1]
+        if token_embeddings is None:
+            x = self.embed_tokens(src_tokens.t())
+        else:
+            x = token_embeddings.transpose(0, 1)
+        x = self.dropout_module(x + self.embed_bias)
+        state, states = x[:1], [x]
         for rnn, projection, layer_norm in zip(self.rnns, self.projections, self.layer_norms):
             y, state = rnn(x, None, padding_mask)
             x = layer_norm(x + self.dropout_module(projection(y)))
+            states.append(x)
         return {
             "encoder_out": [x],
             "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
+            "encoder_states": states if return_all_hiddens else [],
             "encoder_state": [state[:1]],
         }
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
-from fairseq.models import FairseqEncoderDecoderModel
+from fairseq.models import FairseqEncoderDecoderModel, FairseqIncrementalDecoder
 from torch import Tensor
 
 from .base import Activation, CellConfig, build_embedding, check_cell, check_positive
@@ -33,6 +33,10 @@ class EncoderDecoderConfig(CellConfig):
     decoder_attention_heads: int = field(
         default=4, metadata={"help": "number of heads of the attention over the encoder"}
     )
+    alignment_heads: Optional[int] = field(
+        default=None,
+        metadata={"help": "number of the heads whose mean aligns source and target (default: all)"},
+    )
     share_decoder_input_output_embed: bool = field(
         default=False, metadata={"help": "share decoder input and output embeddings"}
     )
@@ -57,6 +61,60 @@ class EncoderDecoderConfig(CellConfig):
         return "identity" if self.cell in ("lrn", "olrn") else "tanh"
 
 
+class Decoder(FairseqIncrementalDecoder):
+    """What the decoders share: ``forward``, with the arguments of fairseq's Transformer."""
+
+    def forward(
+        self,
+        prev_output_tokens: Tensor,
+        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
+        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        features_only: bool = False,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
+        src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
+    ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
+        """Predict each next token.
+
+        Args:
+            prev_output_tokens: (B, T) token ids; with ``incremental_state`` only the last one is read
+            encoder_out: what the model's encoder returns
+            incremental_state: keeps the states between calls that decode word by word
+            features_only: return features (B, T, C) instead of scores
+            full_context_alignment: must be False, as a recurrence reads no later words
+            alignment_layer: whose attention to return (default: ``--alignment-layer``'s, or the last one's);
+                of no effect where one layer attends
+            alignment_heads: average over this many heads (default: ``--alignment-heads``, or all)
+            src_lengths: not used, the padding is read off the encoder's mask
+            return_all_hiddens: return what goes into the first layer and comes out of each
+
+        Returns:
+            scores (B, T, V), and a dictionary with ``attn``: [(B, T, S), averaged over heads], of ``lrn``
+            [None] in training without alignments, and ``inner_states``: [(T, B, C)], [] unless asked for
+
+        Raises:
+            ValueError: ``full_context_alignment`` is True
+        """
+        x, extra = self.extract_features(
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+            return_all_hiddens,
+        )
+        if not features_only:
+            x = self.output_layer(x)
+        return x, extra
+
+    def max_positions(self) -> int:
+        """Maximum target length in tokens."""
+        return self.max_target_positions
+
+
 class EncoderDecoderModel(FairseqEncoderDecoderModel):
     """A model of ``config``, ``encoder_class`` and ``decoder_class``, which its subclasses name."""
 
@@ -75,12 +133,12 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
         cfg = cls.config.from_namespace(cfg)
         cls.complete(cfg)
         _check(cfg, task)
-        source = build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg.encoder_embed_path)
+        source = build_embedding(task.source_dictionary, cfg.encoder_embed_dim, cfg, "encoder_embed_path")
         if cfg.share_all_embeddings:
             cfg.share_decoder_input_output_embed = True
             target = source
         else:
-            target = build_embedding(task.target_dictionary, cfg.decoder_embed_dim, cfg.decoder_embed_path)
+            target = build_embedding(task.target_dictionary, cfg.decoder_embed_dim, cfg, "decoder_embed_path")
         return cls(
             cfg,
             cls.encoder_class(cfg, task.source_dictionary, source),
@@ -103,11 +161,12 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
         src_tokens: Tensor,
         src_lengths: Optional[Tensor],
         prev_output_tokens: Tensor,
+        return_all_hiddens: bool = False,
         features_only: bool = False,
         alignment_layer: Optional[int] = None,
         alignment_heads: Optional[int] = None,
     ):
-        """Score ``prev_output_tokens`` (B, T) given ``src_tokens`` (B, S): see the decoder's ``forward``."""
+        """Score ``prev_output_tokens`` (B, T) given ``src_tokens`` (B, S): see :meth:`Decoder.forward`."""
         encoder_out = self.encoder(src_tokens, src_lengths)
         return self.decoder(
             prev_output_tokens,
@@ -115,7 +174,14 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
             features_only=features_only,
             alignment_layer=alignment_layer,
             alignment_heads=alignment_heads,
+            return_all_hiddens=return_all_hiddens,
         )
+
+    def extract_features(
+        self, src_tokens: Tensor, src_lengths: Optional[Tensor], prev_output_tokens, **kwargs
+    ):
+        """As :meth:`forward`, but return features (B, T, C) instead of scores."""
+        return self(src_tokens, src_lengths, prev_output_tokens, features_only=True, **kwargs)
 
     @torch.jit.export
     def get_normalized_probs(
@@ -147,6 +213,11 @@ def _check(cfg: EncoderDecoderConfig, task: Any) -> None:
         raise ValueError(
             f"--decoder-embed-dim is {cfg.decoder_embed_dim}, but must be a multiple of "
             f"--decoder-attention-heads, {cfg.decoder_attention_heads}"
+        )
+    if cfg.alignment_heads is not None and not 0 < cfg.alignment_heads <= cfg.decoder_attention_heads:
+        raise ValueError(
+            f"--alignment-heads is {cfg.alignment_heads}, but must be from 1 to --decoder-attention-heads, "
+            f"{cfg.decoder_attention_heads}"
         )
     if cfg.share_all_embeddings:
         if task.source_dictionary != task.target_dictionary:

@@ -21,6 +21,12 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
         default="relu", metadata={"help": "activation function of the feed-forward layers"}
     )
+    alignment_layer: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "decoder layer, from 0, whose attention aligns source and target (default: the last)"
+        },
+    )
     word_dropout: float = field(
         default=0.0,
         metadata={"help": "probability of dropping a word's embedding, in place of its elements' dropout"},
@@ -85,6 +91,24 @@ class LRNModel(EncoderDecoderModel):
     def __init__(self, cfg: LRNConfig, encoder: LRNEncoder, decoder: LRNDecoder) -> None:
         super().__init__(cfg, encoder, decoder)
         self.translator = None  # see fairseq_lrn.inference
+
+    @classmethod
+    def build_model(cls, cfg, task):
+        """As :meth:`EncoderDecoderModel.build_model`; attention is trained if ``task`` loads alignments.
+
+        Raises:
+            ValueError: also for a layer that is not there, or that training with alignments may leave out
+        """
+        model = super().build_model(cfg, task)
+        layer, layers = model.decoder.alignment_layer, model.cfg.decoder_layers
+        if not 0 <= layer < layers:
+            raise ValueError(f"--alignment-layer is {layer}, but must be from 0 to {layers - 1}")
+        model.decoder.learns_alignments = bool(getattr(getattr(task, "cfg", None), "load_alignments", False))
+        if model.decoder.learns_alignments and model.cfg.decoder_layerdrop > 0:
+            raise ValueError(
+                f"--decoder-layerdrop is {model.cfg.decoder_layerdrop}, but must be 0 with --load-alignments"
+            )
+        return model
 
     @classmethod
     def complete(cls, cfg: LRNConfig) -> None:

@@ -5,7 +5,6 @@ from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
-from fairseq.models import FairseqIncrementalDecoder
 from torch import Tensor
 
 from ..modules.linear import project
@@ -15,11 +14,13 @@ from .base import (
     find_padding,
     pick_sentences,
     prepared,
+    refuse_full_context,
 )
+from .encoder_decoder import Decoder
 from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 
 
-class LRNDecoder(FairseqIncrementalDecoder):
+class LRNDecoder(Decoder):
     """Embeddings and ``cfg.decoder_layers`` blocks of LRN, attention over the encoder and feed-forward.
 
     While decoding word by word it keeps one (N, C) state a layer, (N, 2·C) with LSTM, for N hypotheses, and
@@ -43,6 +44,9 @@ class LRNDecoder(FairseqIncrementalDecoder):
         self.dropout_module = build_embedding_dropout(cfg, self.__class__.__name__)
         self.layers = build_layers(LRNDecoderLayer, cfg, cfg.decoder_layers, cfg.decoder_layerdrop)
         self.num_layers = len(self.layers)
+        self.alignment_layer = self.num_layers - 1 if cfg.alignment_layer is None else cfg.alignment_layer
+        self.alignment_heads = cfg.alignment_heads or cfg.decoder_attention_heads
+        self.learns_alignments = False  # whether training needs attention
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.translator = None
 
@@ -55,48 +59,22 @@ class LRNDecoder(FairseqIncrementalDecoder):
                 embed_tokens, cfg.share_decoder_input_output_embed
             )
 
-    def forward(
-        self,
-        prev_output_tokens: Tensor,
-        encoder_out: Optional[Dict[str, List[Tensor]]] = None,
-        incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
-        features_only: bool = False,
-        alignment_layer: Optional[int] = None,
-        alignment_heads: Optional[int] = None,
-    ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
-        """Predict each next token.
-
-        Args:
-            prev_output_tokens: (B, T) token ids; with ``incremental_state`` only the last one is read
-            encoder_out: what :class:`~fairseq_lrn.models.lrn_encoder.LRNEncoder` returns
-            incremental_state: keeps the states between calls that decode word by word
-            features_only: return features (B, T, C) instead of scores
-            alignment_layer: whose attention to return (default: the last layer's)
-            alignment_heads: average over this many heads (default: all)
-
-        Returns:
-            scores (B, T, V), and a dictionary with ``attn``: [(B, T, S), averaged over heads], [None] while
-            training
-        """
-        x, extra = self.extract_features(
-            prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
-        )
-        if not features_only:
-            x = self.output_layer(x)
-        return x, extra
-
     def extract_features(
         self,
         prev_output_tokens: Tensor,
         encoder_out: Optional[Dict[str, List[Tensor]]],
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        full_context_alignment: bool = False,
         alignment_layer: Optional[int] = None,
         alignment_heads: Optional[int] = None,
+        return_all_hiddens: bool = False,
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
         assert encoder_out is not None
+        refuse_full_context(full_context_alignment)
         if not torch.jit.is_scripting():
-            translator = None if incremental_state is None else prepared(self.translator)
+            stepwise = incremental_state is not None and not return_all_hiddens
+            translator = prepared(self.translator) if stepwise else None
             if translator is not None:
                 return translator.extract_features(
                     prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
@@ -105,8 +83,11 @@ class LRNDecoder(FairseqIncrementalDecoder):
         encoder_padding_mask: Optional[Tensor] = None
         if len(encoder_out["encoder_padding_mask"]) > 0:
             encoder_padding_mask = encoder_out["encoder_padding_mask"][0]
+        need_attn = alignment_layer is not None or self.learns_alignments or not self.training
         if alignment_layer is None:
-            alignment_layer = self.num_layers - 1
+            alignment_layer = self.alignment_layer
+        if alignment_heads is None:
+            alignment_heads = self.alignment_heads
 
         states: Optional[Tensor] = None
         keys_values: Optional[Tensor] = None
@@ -122,6 +103,7 @@ class LRNDecoder(FairseqIncrementalDecoder):
         x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
 
         attn: Optional[Tensor] = None
+        inner_states: List[Optional[Tensor]] = [x]
         new_states: List[Tensor] = []
         new_keys_values: List[Tensor] = []
         for i, layer in enumerate(self.layers):
@@ -132,8 +114,10 @@ class LRNDecoder(FairseqIncrementalDecoder):
                 states[i : i + 1] if states is not None else None,
                 padding_mask,
                 keys_values[i] if keys_values is not None else None,
-                i == alignment_layer and not self.training,
+                i == alignment_layer and need_attn,
             )
+            if return_all_hiddens:
+                inner_states.append(x)
             new_states.append(state)
             new_keys_values.append(layer_keys_values)
             if layer_attn is not None and i == alignment_layer:
@@ -144,12 +128,12 @@ class LRNDecoder(FairseqIncrementalDecoder):
             last: Dict[str, Optional[Tensor]] = {"states": torch.cat(new_states), "keys_values": keys_values}
             self.set_incremental_state(incremental_state, "states", last)
         if attn is not None:
-            if alignment_heads is not None:
-                attn = attn[:alignment_heads]
-            attn = attn.mean(dim=0)
+            attn = attn[:alignment_heads].mean(dim=0)
 
         x = self.layer_norm(x).transpose(0, 1)
-        return x, {"attn": [attn]}
+        if not return_all_hiddens:
+            inner_states = torch.jit.annotate(List[Optional[Tensor]], [])
+        return x, {"attn": [attn], "inner_states": inner_states}
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
@@ -179,7 +163,3 @@ class LRNDecoder(FairseqIncrementalDecoder):
     ) -> None:
         """As :meth:`reorder_incremental_state`; fairseq's looks for further states in every module."""
         self.reorder_incremental_state(incremental_state, new_order)
-
-    def max_positions(self) -> int:
-        """Maximum target length in tokens."""
-        return self.max_target_positions

@@ -36,27 +36,45 @@ class LRNEncoder(FairseqEncoder):
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
         self.translator = None
 
-    def forward(self, src_tokens: Tensor, src_lengths: Optional[Tensor] = None) -> Dict[str, List[Tensor]]:
+    def forward(
+        self,
+        src_tokens: Tensor,
+        src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
+        token_embeddings: Optional[Tensor] = None,
+    ) -> Dict[str, List[Tensor]]:
         """Encode a batch of sentences, padded on the left or on the right.
 
         Args:
             src_tokens: (B, S) token ids
             src_lengths: not used, the padding is read off ``src_tokens``
+            return_all_hiddens: return what goes into the first layer and comes out of each
+            token_embeddings: (B, S, C), in place of the embeddings of ``src_tokens``
 
         Returns:
-            ``encoder_out`` [(S, B, C)] and ``encoder_padding_mask`` [(B, S)], True at padding, [] without any
+            ``encoder_out`` [(S, B, C)], ``encoder_padding_mask`` [(B, S)], True at padding, [] without any,
+            and ``encoder_states`` [(S, B, C)], [] unless asked for
         """
         if not torch.jit.is_scripting():
-            translator = prepared(self.translator)
+            other = return_all_hiddens or token_embeddings is not None
+            translator = None if other else prepared(self.translator)
             if translator is not None:
                 return translator.encode(src_tokens)
         padding_mask = find_padding(src_tokens, self.padding_idx)
-        x = self.dropout_module(self.embed_scale * self.embed_tokens(src_tokens.t()))
+        if token_embeddings is None:
+            x = self.embed_tokens(src_tokens.t())
+        else:
+            x = token_embeddings.transpose(0, 1)
+        x = self.dropout_module(self.embed_scale * x)
+        states = [x]
         for layer in self.layers:
             x = layer(x, padding_mask)
+            if return_all_hiddens:
+                states.append(x)
         return {
             "encoder_out": [self.layer_norm(x)],
             "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
+            "encoder_states": states if return_all_hiddens else [],
         }
 
     @torch.jit.export

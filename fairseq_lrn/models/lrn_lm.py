@@ -22,6 +22,7 @@ from .base import (
     check_cell,
     check_positive,
     find_padding,
+    refuse_full_context,
 )
 
 
@@ -110,38 +111,67 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         prev_output_tokens: Tensor,
         encoder_out: Optional[Dict[str, List[Tensor]]] = None,
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        features_only: bool = False,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
         src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
         block: Optional[int] = None,
-    ) -> Tuple[Tensor, None]:
+    ) -> Tuple[Tensor, Optional[Dict[str, List[Tensor]]]]:
         """Predict each next word.
 
         Args:
             prev_output_tokens: (B, T) word ids; with ``incremental_state`` only the last one is read
             encoder_out: not used
             incremental_state: keeps the states between calls that decode word by word
+            features_only: return features (B, T, C) instead of scores
+            full_context_alignment: must be False, as a recurrence reads no later words
+            alignment_layer, alignment_heads: must be None, as there is nothing to attend to
             src_lengths: not used
+            return_all_hiddens: return what goes into the first layer and comes out of each
             block: number, from 0, of the block of text in each row's stream: the states that the block before
                 ended with are carried on, detached, if that or this was the last one read in the same mode,
                 training or evaluation; else the states are zeros, as they are with None
 
         Returns:
             scores (B, T, V), log-probabilities with a mixture of softmaxes, features (B, T, C) with adaptive
-            softmax, and None
+            softmax, and None, or, if asked for, a dictionary with ``inner_states``: [(T, B, C)]
+
+        Raises:
+            ValueError: an argument that must be False or None is not
         """
         x, extra = self.extract_features(
-            prev_output_tokens, encoder_out, incremental_state, src_lengths, block
+            prev_output_tokens,
+            encoder_out,
+            incremental_state,
+            full_context_alignment,
+            alignment_layer,
+            alignment_heads,
+            src_lengths,
+            return_all_hiddens,
+            block,
         )
-        return self.output_layer(x), extra
+        return x if features_only else self.output_layer(x), extra
 
     def extract_features(
         self,
         prev_output_tokens: Tensor,
         encoder_out: Optional[Dict[str, List[Tensor]]] = None,
         incremental_state: Optional[Dict[str, Dict[str, Optional[Tensor]]]] = None,
+        full_context_alignment: bool = False,
+        alignment_layer: Optional[int] = None,
+        alignment_heads: Optional[int] = None,
         src_lengths: Optional[Tensor] = None,
+        return_all_hiddens: bool = False,
         block: Optional[int] = None,
-    ) -> Tuple[Tensor, None]:
+    ) -> Tuple[Tensor, Optional[Dict[str, List[Tensor]]]]:
         """As :meth:`forward`, but return features (B, T, C) instead of scores."""
+        refuse_full_context(full_context_alignment)
+        if alignment_layer is not None or alignment_heads is not None:
+            raise ValueError(
+                "alignment_layer and alignment_heads must be None: a language model attends to no source"
+            )
         states: Optional[Tensor] = None
         padding_mask: Optional[Tensor] = None
         if incremental_state is not None:
@@ -150,7 +180,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
             if saved is not None:
                 states = saved["states"]
         else:
-            padding_mask = find_padding(prev_output_tokens, self.embed_tokens.padding_idx)
+            padding_mask = find_padding(prev_output_tokens, self.embed_tokens.padding_idx)  # type: ignore[arg-type]
         if block is not None:
             states = self.carried[self.training].get(block)
             if states is not None:
@@ -161,8 +191,10 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         if self.training and self.embed_dropout > 0:
             words = x.new_ones(self.embed_tokens.num_embeddings)
             x = x * nn.functional.dropout(words, self.embed_dropout)[tokens].unsqueeze(2)
+        x = self.dropout_in(x)
+        inner_states = [x] if return_all_hiddens else None
         x, last_states = self.rnn(
-            self.dropout_in(x), None if states is None else list(states.split(1)), padding_mask
+            x, None if states is None else list(states.split(1)), padding_mask, inner_states
         )
         x = self.dropout_out(x)
         if self.project_out_dim is not None:
@@ -172,7 +204,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
             self.set_incremental_state(incremental_state, "states", {"states": torch.cat(last_states)})
         if block is not None:
             self.carried[self.training] = {block: states, block + 1: torch.cat(last_states).detach()}
-        return x.transpose(0, 1), None
+        return x.transpose(0, 1), None if inner_states is None else {"inner_states": inner_states}
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""

@@ -1,7 +1,7 @@
 """Words, their characters and recurrent layers: the encoder of the models that read without writing."""
 
 from dataclasses import dataclass, field
-from typing import Optional, Tuple
+from typing import Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -10,7 +10,7 @@ from fairseq.modules import CharacterTokenEmbedder
 from torch import Tensor
 
 from ..modules import LockedDropout, StackedRecurrent
-from .base import CellConfig, build_embedding, check_cell, check_positive, find_padding
+from .base import CellConfig, build_embedding, check_cell, check_positive, find_padding, read_vectors
 
 
 @dataclass
@@ -47,8 +47,12 @@ class WordEncoder(nn.Module):
         check_cell(cfg)
         self.padding_idx = dictionary.pad()
         self.embed_tokens = build_embedding(dictionary, cfg.encoder_embed_dim)
-        if cfg.encoder_embed_path:
-            load_vectors(cfg.encoder_embed_path, dictionary, self.embed_tokens)
+        read_vectors(
+            self.embed_tokens,
+            cfg,
+            "encoder_embed_path",
+            lambda path: load_vectors(path, dictionary, self.embed_tokens),
+        )
         size = cfg.encoder_embed_dim
         self.embed_chars = None
         if cfg.char_embed_dim > 0:
@@ -103,7 +107,7 @@ def load_vectors(path: str, dictionary: Dictionary, embedding: nn.Embedding) -> 
     Raises:
         ValueError: a vector is narrower than C, or there is none of width C for any of the words
     """
-    wanted = {}
+    wanted: Dict[str, List[int]] = {}
     for index in range(dictionary.nspecial, len(dictionary)):
         word = dictionary[index]
         wanted.setdefault(word, []).append(index)

@@ -1,5 +1,7 @@
 """Linear layers by the faster of two libraries, where nothing else was made of them."""
 
+from typing import Any
+
 import torch.nn as nn
 from torch import Tensor
 from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
@@ -7,7 +9,7 @@ from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_h
 from ..ops import linear
 
 
-def is_plain(module: nn.Module, kind: type) -> bool:
+def is_plain(module: nn.Module, kind: Any) -> bool:
     """Whether ``module`` does what its type ``kind`` does: it has no hooks and no ``forward`` of its own."""
     return (
         type(module) is kind

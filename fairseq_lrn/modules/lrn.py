@@ -3,7 +3,7 @@
 import copy
 import inspect
 import warnings
-from typing import List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -131,7 +131,7 @@ class LRN(nn.Module):
         layer_names: List[List[str]] = []
         for layer in range(num_layers):
             columns = input_size if layer == 0 else directions * hidden_size
-            shapes = {"weight_ih": (rows, columns)}
+            shapes: Dict[str, Tuple[int, ...]] = {"weight_ih": (rows, columns)}
             if bias:
                 shapes["bias_ih"] = (rows,)
             if layer_norm:
@@ -154,13 +154,13 @@ class LRN(nn.Module):
             else:
                 nn.init.zeros_(parameter)
 
-    @torch.jit.unused
+    @torch.jit.unused  # type: ignore[prop-decorator]
     @property
     def all_weights(self) -> List[List[Tensor]]:
         """The parameters of each layer, in the order of the class's docstring."""
         return [[getattr(self, name) for name in names] for names in self._layer_names]
 
-    @torch.jit.unused
+    @torch.jit.unused  # type: ignore[prop-decorator]
     @property
     def _flat_weights(self) -> List[Tensor]:
         """All of them in one list, which programs for ``nn.GRU`` read; to replace one, set it by its name."""
@@ -238,7 +238,7 @@ class LRN(nn.Module):
         if isinstance(input, PackedSequence):
             return self._forward_packed(input, hx, padding_mask)
         if isinstance(input, Proxy):  # torch.fx gets one node, as for PyTorch's own modules
-            tracer = input.tracer
+            tracer: Any = input.tracer
             if tracer.root is self:
                 raise TypeError("torch.fx traces a module that calls LRN, not LRN by itself")
             return tracer.create_proxy(

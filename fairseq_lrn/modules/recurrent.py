@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 from ..ops import linear, lrn_scan
+from ..ops.scan import check_padding_mask
 from .inputs import check_like, check_sequences, zero_padding
 from .linear import project
 from .lrn import LRN
@@ -153,11 +154,10 @@ class Unrolled(nn.Module):
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """As :meth:`LRN.forward` on (T, B, C), with anything at padding: output (T, B, D·H), last states."""
+        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding: output (T, B, D·H), last states."""
         if not torch.jit.is_scripting():
             first = self.cells[0]
-            state = (len(self.cells), first.state_size)
-            _check(input, hx, first.input_size, state, next(self.parameters()))
+            _check(input, hx, first.input_size, (len(self.cells), first.state_size), next(self.parameters()))
         if padding_mask is not None:
             input = zero_padding(input, padding_mask)
         outputs: List[Tensor] = []
@@ -175,7 +175,10 @@ class Unrolled(nn.Module):
                 output.reverse()
             outputs.append(torch.stack(output))
             states.append(state)
-        return torch.cat(outputs, 2), torch.stack(states)
+        y = torch.cat(outputs, 2)
+        if padding_mask is not None:
+            y = y.masked_fill(padding_mask.t().unsqueeze(2), 0.0)
+        return y, torch.stack(states)
 
 
 class Native(nn.Module):
@@ -201,7 +204,7 @@ class Native(nn.Module):
             state = (1 + self.rnn.bidirectional, (1 + self.lstm) * self.rnn.hidden_size)
             _check(input, hx, self.rnn.input_size, state, self.rnn.weight_ih_l0)
         if padding_mask is not None:
-            input = zero_padding(input, padding_mask)
+            check_padding_mask(padding_mask, input.size(1), input.size(0), input)
         if not torch.jit.is_scripting() and (padding_mask is None or input.is_cuda):
             return self._forward_packed(input, hx, padding_mask)
         return self._forward_padded(input, hx, padding_mask)
@@ -238,14 +241,16 @@ class Native(nn.Module):
         shut = torch.tensor([-1e4, 1e4, 0.0, 0.0] if self.lstm else [0.0, 1e4, 0.0])
         shut = shut.to(input).repeat_interleave(size).unsqueeze(1)
         padding = padding_mask.t().unsqueeze(2)
-        input = torch.cat([input, padding.type_as(input)], 2)
+        input = torch.cat([input.masked_fill(padding, 0.0), padding.type_as(input)], 2)
         forward = _words_first(padding_mask)
         lengths = padding_mask.logical_not().sum(1)
         backward = forward.gather(
             0, (lengths - 1 - torch.arange(steps, device=input.device).unsqueeze(1)) % steps
         )
         last = (lengths - 1).clamp(min=0).view(1, -1, 1).expand(1, -1, size)
-        weights = self.rnn._flat_weights if torch.jit.is_scripting() else self._weights()
+        weights: List[Tensor] = (
+            self.rnn._flat_weights if torch.jit.is_scripting() else self._weights()  # type: ignore[assignment]
+        )
         outputs: List[Tensor] = []
         states: List[Tensor] = []
         for i in range(len(weights) // 4):
@@ -391,8 +396,11 @@ class StackedRecurrent(nn.Module):
         input: Tensor,
         states: Optional[List[Tensor]] = None,
         padding_mask: Optional[Tensor] = None,
+        outputs: Optional[List[Tensor]] = None,
     ) -> Tuple[Tensor, List[Tensor]]:
         """Run all layers over (T, B, input_size); ``padding_mask`` (B, T) is True at padding.
+
+        Where ``outputs`` is a list, each layer's output is added to it.
 
         Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H), which
         are what ``states`` takes; zeros if None.
@@ -403,4 +411,6 @@ class StackedRecurrent(nn.Module):
                 input = self.dropout(input)
             input, state = layer(input, None if states is None else states[i], padding_mask)
             last.append(state)
+            if outputs is not None:
+                outputs.append(input)
         return input, last

@@ -3,7 +3,7 @@
 from typing import Any, Sequence
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, shape_wrapper
 
 from ._library import loaded
 
@@ -29,10 +29,11 @@ def lrn_scan_backward_flop(grad_output: Sequence[int], *args: Any, **kwargs: Any
     return 2 * lrn_scan_flop(*args, **kwargs)
 
 
-if loaded:
-    for _name, _formula in (
-        ("linear", linear_flop),
-        ("lrn_scan", lrn_scan_flop),
-        ("lrn_scan_backward", lrn_scan_backward_flop),
-    ):
-        register_flop_formula(getattr(torch.ops.fairseq_lrn, _name))(_formula)
+if loaded:  # register_flop_formula of PyTorch 2.4 takes no operators but PyTorch's own
+    flop_registry.update(
+        {
+            torch.ops.fairseq_lrn.linear: shape_wrapper(linear_flop),
+            torch.ops.fairseq_lrn.lrn_scan: shape_wrapper(lrn_scan_flop),
+            torch.ops.fairseq_lrn.lrn_scan_backward: shape_wrapper(lrn_scan_backward_flop),
+        }
+    )

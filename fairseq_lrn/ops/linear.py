@@ -30,11 +30,9 @@ def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tens
     if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
         raise ValueError(f"bias must have shape {[weight.size(0)]}, but has {list(bias.shape)}")
     if not torch.jit.is_scripting():
-        tensors = (input, weight) if bias is None else (input, weight, bias)
-        plain = all(
-            x.dtype == torch.float32 and x.layout == torch.strided and not x.is_nested for x in tensors
-        )
-        on_cpu = loaded and input.device.type == "cpu" and input.dim() > 1
-        if plain and on_cpu and eager() and not torch._C._is_any_autocast_enabled():
+        plain = input.dtype == weight.dtype == torch.float32 and input.device.type == "cpu"
+        dense = input.layout == weight.layout == torch.strided and not input.is_nested
+        special = torch._C._is_any_autocast_enabled() or not eager()
+        if loaded and plain and dense and not special and input.dim() > 1:
             return torch.ops.fairseq_lrn.linear(input, weight, bias)
     return F.linear(input, weight, bias)

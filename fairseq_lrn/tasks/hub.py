@@ -72,7 +72,7 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
             yield dataset.collater([dataset[j] for j in batch])
 
 
-def from_pretrained(model_class: type, path, checkpoint_file, data, **kwargs: Any) -> TranslationHub:
+def from_pretrained(model_class: Any, path, checkpoint_file, data, **kwargs: Any) -> TranslationHub:
     """Load as fairseq's ``from_pretrained`` does; a model of task ``translation`` gets ``lrn_translation``.
 
     Args:

@@ -197,8 +197,9 @@ def read_examples(prefix: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any
         ValueError: a line is not in UTF-8 or no JSON object of the keys that are needed, has no words or no
             answers, a passage that is not there, a span outside of it, or an id that another question has
     """
-    passages, questions = [], []
-    ids = set()
+    passages: List[Dict[str, Any]] = []
+    questions: List[Dict[str, Any]] = []
+    ids: Set[Any] = set()
     for kind, rows, keys in (
         ("passages", passages, {"text", "tokens"}),
         ("questions", questions, {"id", "tokens", "passage", "span", "answers"}),

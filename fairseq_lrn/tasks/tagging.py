@@ -3,7 +3,7 @@
 import os
 from dataclasses import dataclass, field
 from itertools import zip_longest
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, FrozenSet, List, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class ViterbiGenerator:
         dictionary: of the words
     """
 
-    symbols_to_strip_from_output = frozenset()
+    symbols_to_strip_from_output: FrozenSet[int] = frozenset()
 
     def __init__(self, dictionary: Dictionary) -> None:
         self.dictionary = dictionary

@@ -5,10 +5,12 @@ import os
 from pathlib import Path
 
 import pytest
-from recipes import Recipe, lines
+from recipes import Recipe, assert_trains_the_same, lines, table, write
 
 SIZES = {"train": 60, "dev": 13, "test": 21}  # 8 divides no count of results
-SMALL = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --log-interval 1".split()
+SMALL = """model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10
+    optimization.max_epoch=2""".split()
+OPTIONS = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --max-epoch 2".split()
 
 
 def made():
@@ -18,103 +20,141 @@ def made():
         ["fine", "dull"],
     )
     ends = [".", ", and long .", "again !", "and n't new .", "…"]
-    lines = [
+    found = [
         f"{int(verdict == 'fine')} {subject} {verb} {verdict} {end}"
         for subject, verb, verdict, end in itertools.product(*words, ends)
     ]
-    return [lines[i * 37 % len(lines)] for i in range(len(lines))]
+    return [found[i * 37 % len(found)] for i in range(len(found))]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder as SST2 takes it."""
-    folder = tmp_path_factory.mktemp("data")
+def sst2(folder, **changed):
+    """A folder as sst2.py takes it."""
     sentences = made()
     for name, size in SIZES.items():
         taken, sentences = sentences[:size], sentences[size:]
         if "SST2" in os.environ:
             taken = (Path(os.environ["SST2"]) / f"{name}.txt").read_text(encoding="utf-8").split("\n")[:size]
-        assert len(taken) == size
-        (folder / f"{name}.txt").write_text("".join(line + "\n" for line in taken), encoding="utf-8")
+        write(folder / f"{name}.txt", changed.get(name, "".join(line + "\n" for line in taken)))
     return folder
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return Recipe("classification", tmp_path_factory.mktemp("cwd"), MAX_EPOCH="2")
+def recipe(start, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("sst2")
+    sst2(cwd / "data")
+    recipe = Recipe(start, cwd, "classification/sst2.py", "--data", "data", *SMALL)
+    recipe.work = cwd / "sst2"
+    recipe.output = recipe("models=lrn,gru")
+    return recipe
 
 
-@pytest.fixture(scope="module")
-def lrn(recipe, data):
-    return recipe("sst2.sh", "lrn", "--", *SMALL, SST2=str(data))
-
-
-def test_table(recipe, data, lrn):
-    assert lrn.returncode == 0, lrn.stderr[-4000:]
+def test_table(recipe):
     for name, split in (("train", "train"), ("dev", "valid"), ("test", "test")):
-        labels, sentences = (lines(recipe.work / "raw" / f"{split}.{part}") for part in ("label", "input0"))
-        assert [" ".join(pair) for pair in zip(labels, sentences)] == lines(data / f"{name}.txt")
-    header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in lrn.stdout.splitlines())
-    assert len(header) == len(row) == 6
-    assert row[0] == "lrn"
-    assert int(row[1].replace(",", "")) > 100
-    valid, test, error, seconds = map(float, row[2:])
+        labels, sentences = (lines(recipe.work / f"text/{split}.{part}") for part in ("label", "input0"))
+        assert [" ".join(pair) for pair in zip(labels, sentences)] == lines(recipe.cwd / f"data/{name}.txt")
+    header, *rows = table(recipe.output)
+    assert [row[0] for row in rows] == ["lrn", "gru"] and {len(row) for row in rows} == {len(header)} == {6}
+    assert int(rows[1][1].replace(",", "")) > int(rows[0][1].replace(",", "")) > 100
+    valid, test, error = map(float, rows[0][2:5])
     for accuracy, size in ((valid, SIZES["dev"]), (test, SIZES["test"])):
         assert accuracy in [round(100 * correct / size, 1) for correct in range(size + 1)]
     assert error == pytest.approx(100 - test)
-    assert seconds > 0
 
 
-def test_a_second_run_repeats_the_table_only(recipe, data, lrn):
-    files = [path for path in recipe.work.rglob("*") if path.is_file() and path.name != ".gitignore"]
-    before = {path: path.stat().st_mtime_ns for path in files}
-    again = recipe("sst2.sh", "lrn", "--", *SMALL, SST2=str(data))
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert {path: path.stat().st_mtime_ns for path in files} == before
-    assert again.stdout == lrn.stdout
+def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
+    assert_trains_the_same(run, recipe.work, "lrn", tmp_path, *OPTIONS)
 
 
-def test_a_training_with_other_options_is_another_one(recipe, data, lrn):
-    done = recipe("sst2.sh", "lrn", "--", "--dropout", "0", SST2=str(data))
-    assert done.returncode != 0
-    assert "work/lrn is of another training" in done.stderr
-    assert "failed in step: training lrn" in done.stderr
-
-
-def test_documents_are_prepared(recipe, tmp_path):
-    """Every hundredth one for training validates; an option that is none ends the training that follows.
-
-    With a folder for binary data there, fairseq-preprocess is taken for done.
-    """
-    (recipe.work.parent / "documents" / "bin").mkdir(parents=True)
-    train = [f'"{1 + i % 2}","Title {i}","It\'s a ""quote"",\\nno. {i}"' for i in range(230)]
-    (tmp_path / "train.csv").write_text("".join(line + "\n" for line in train))
-    (tmp_path / "test.csv").write_text('"2","Été","ONE\u2028line"\n"1","",""\n', encoding="utf-8")
-    done = recipe(
-        "documents.sh", "lrn", "--", "--no-such-option", CSV=str(tmp_path), WORK="documents", MIN_COUNT="1"
-    )
-    assert done.returncode != 0
-    assert "unrecognized arguments: --no-such-option" in done.stderr
-    assert "failed in step: training lrn" in done.stderr
-    raw = recipe.work.parent / "documents" / "raw"
-    text = [f'title {i} it\'s a " quote " , no . {i}' for i in range(230)]
-    assert lines(raw / "valid.input0") == text[99::100]
-    assert lines(raw / "train.input0") == [line for i, line in enumerate(text) if i % 100 != 99]
-    assert lines(raw / "train.label") == [str(1 + i % 2) for i in range(230) if i % 100 != 99]
-    assert lines(raw / "test.input0") == ["été one line", ""]
-    assert lines(raw / "test.label") == ["2", "1"]
+LONG = "cannot read all of test: 1 of 1 have more than 512 tokens, which task.max_positions=601 would allow"
 
 
 @pytest.mark.parametrize(
-    "script, variable, name, message",
+    "name, text, where, words",
     [
-        ("sst2.sh", "SST2", "nowhere", "nowhere is not a folder"),
-        ("documents.sh", "CSV", "", "no train.csv in CSV="),
+        ("dev", "1 good\n1\n", "dev.txt, line 2", "the label 1 is without text"),
+        ("dev", "1 good\n1 \u00a0\n", "dev.txt, line 2", "the label 1 is without text"),
+        ("dev", "1\tgood\n", "dev.txt, line 1", "the label '1\\tgood' has a blank in it"),
+        ("dev", "1\u00a0very good\n", "dev.txt, line 1", "has a blank in it"),
+        ("dev", " good\n", "dev.txt, line 1", "there is no label"),
+        ("test", "\n2 good\n", "test.txt, line 2", "the label 2 is not in the training set, which has 0, 1"),
+        ("test", "\n\n", "", "there is no text for test"),
+        ("train", b"1 good\n0 b\xe4d\n", "train.txt, line 2", "this is not UTF-8"),
+        ("test", "1 " + 600 * "good ", "", LONG),
     ],
-    ids=["folder", "file"],
+)  # fmt: skip
+def test_text_that_is_wrong_is_refused(recipe, tmp_path, name, text, where, words):
+    data = sst2(tmp_path / "data", **{name: text})
+    message = recipe.refused("--data", str(data), "--work", str(tmp_path / "work"), "models=lrn")
+    assert words in message and (f"{data}/{where}: " if where else "") in message
+
+
+def test_text_that_looks_odd_is_read(recipe, tmp_path):
+    long = "0 " + 600 * "dull "
+    train = "\ufeff1 good\u2028film\r\n\r\n0 b\rad\u0085\u00a0film\r\n" + long
+    data = sst2(tmp_path / "data", train=train)
+    output = recipe("--data", str(data), "--work", str(tmp_path / "work"), "models=lrn")
+    text = [line.split() for line in lines(tmp_path / "work/text/train.input0")]
+    assert text == [["good", "film"], ["b", "ad", "film"], long.split()[1:]]
+    assert "train.txt: line 2 empty, left out" in output
+    assert "lrn is trained without some of train: 1 of 3 have more than 512 tokens" in output
+
+
+def documents(folder, train=None, test='"2","Été","ONE\u2028line"\n"1","","a"\n'):
+    rows = [f'"{1 + i % 2}","Title {i}","It\'s a ""quote"",\\nno. {i}"' for i in range(230)]
+    write(folder / "train.csv", train or "".join(line + "\n" for line in rows))
+    write(folder / "test.csv", test)
+    return folder
+
+
+def test_documents(run, start, tmp_path):
+    """Every hundredth document for training validates."""
+    recipe = Recipe(start, tmp_path, "classification/documents.py", "--data", "data", *SMALL, "models=lrn")
+    documents(tmp_path / "data")
+    output = recipe("min_count=1", "--work", "work")
+    text = [f'title {i} it\'s a " quote " , no . {i}' for i in range(230)]
+    work = tmp_path / "work"
+    assert lines(work / "text/valid.input0") == text[99::100]
+    assert lines(work / "text/train.input0") == [line for i, line in enumerate(text) if i % 100 != 99]
+    assert lines(work / "text/train.label") == [str(1 + i % 2) for i in range(230) if i % 100 != 99]
+    assert lines(work / "text/test.input0") == ["été one line", "a"]
+    assert table(output)[1][0] == "lrn"
+    assert_trains_the_same(run, work, "lrn", tmp_path / "same", *OPTIONS)
+    documents(tmp_path / "other", test='"2","","x"\n')
+    options = ["min_count=1", "--work", "work", "corpus=yahoo_answers", "--data", "other"]
+    assert "before corpus became yahoo_answers (it was yelp_review_polarity)" in recipe.refused(*options)
+
+
+@pytest.mark.parametrize(
+    "changed, words",
+    [
+        ({"test": '"1","a","b"\n\n"2","c"\n'}, "test.csv, line 3: there are 2 columns, but must be 3"),
+        ({"test": '"1","a\n\nb","c","d"\n'}, "test.csv, line 1: there are 4 columns, but must be 3"),
+        ({"test": '"1","a","b"\n"1","",""\n'}, "test.csv, line 2: the label 1 is without text"),
+        (
+            {"test": '"3","a","b"\n'},
+            "test.csv, line 1: the label 3 is not in the training set, which has 1, 2",
+        ),
+        ({"test": '"a b","a","b"\n'}, "test.csv, line 1: the label 'a b' has a blank in it"),
+        ({"test": '"1","a","b"\n"1","a","b\n"1","a","b"\n'}, "test.csv, line 2: "),
+        (
+            {"train": '"1","a","b"\n' * 99},
+            "train.csv has 99 documents, but must have 100: each 100th validates",
+        ),
+    ],
 )
-def test_missing_data(recipe, tmp_path, script, variable, name, message):
-    done = recipe(script, **{variable: str(tmp_path / name)}, WORK=str(tmp_path / "work"))
-    assert done.returncode != 0
-    assert message in done.stderr
-    assert "failed in step: raw text" in done.stderr
+def test_documents_that_are_wrong_are_refused(start, tmp_path, changed, words):
+    documents(tmp_path / "data", **changed)
+    recipe = Recipe(start, tmp_path, "classification/documents.py", "--data", "data", *SMALL, "models=lrn")
+    assert words in recipe.refused("--work", "work")
+    assert "corpus is none, but must be amazon_review_polarity or" in recipe.refused("corpus=none")
+
+
+def test_a_field_of_any_length_is_read(start, tmp_path):
+    long = "word " * 40000
+    rows = f'"1","a","{long}"\n"2","b\rc","d\ne"\n' * 100
+    documents(tmp_path / "data", train=rows, test='"1","a","b"\n')
+    recipe = Recipe(start, tmp_path, "classification/documents.py", "--data", "data", "models=lrn")
+    assert "min_count is -1" in recipe.refused("min_count=-1")
+    recipe("--work", "work", *SMALL, "optimization.max_epoch=1", "task.max_positions=20")
+    text = lines(tmp_path / "work/text/train.input0")
+    assert text[0] == ("a " + long).strip() and text[1] == "b c d e" and len(text) == 198

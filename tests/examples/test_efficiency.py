@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from batches import SMALL_OPTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,22 +16,38 @@ EFFICIENCY = ROOT / "examples" / "efficiency"
 sys.path.insert(0, str(EFFICIENCY))
 import arguments  # noqa: E402
 
+BEFORE = f"""
+import os, subprocess, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+os.chdir({{folder!r}})
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+import forked
+if {torch.version.cuda is None}:  # a process that knows a card cannot be forked
+    subprocess.Popen = forked.Popen
+"""
 
-def benchmark(words, folder, **environment):
-    pythonpath = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(
-        words,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": pythonpath, **environment},
-        capture_output=True,
-        text=True,
-    )
+
+@pytest.fixture
+def benchmark(start, tmp_path):
+    """Run a script of examples/efficiency in tmp_path; returns its exit status and all its output."""
+
+    def command(script, *words):
+        process = start(EFFICIENCY / script, *words, before=BEFORE.format(folder=str(tmp_path)))
+        process.join()
+        return process.exitcode, process.output.read_text(encoding="utf-8")
+
+    return command
 
 
-def test_benchmark_prints_every_contender_and_writes_json(tmp_path):
+def rows(output):
+    """The cells of the table."""
+    return [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
+
+
+def test_benchmark_prints_every_contender_and_writes_json(benchmark, tmp_path):
     options = "--shapes 3,2,8 4,1,4 --threads 1 2 --repetitions 1 --json out.json".split()
-    run = benchmark([sys.executable, EFFICIENCY / "benchmark.py", *options], tmp_path)
-    assert run.returncode == 0, run.stderr
+    status, output = benchmark("benchmark.py", *options)
+    assert status == 0, output
 
     report = json.loads((tmp_path / "out.json").read_text())
     expected = {
@@ -50,40 +67,55 @@ def test_benchmark_prints_every_contender_and_writes_json(tmp_path):
         for passes in result["ms"].values():
             assert {kind: len(times) for kind, times in passes.items()} == {"fwd": 1, "fwd+bwd": 1}
 
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
-    headers = [row for row in rows if row[0].startswith("T=")]
+    table = rows(output)
+    headers = [row for row in table if row[0].startswith("T=")]
     assert [row[0] for row in headers] == ["T=3, B=2, D=8", "T=4, B=1, D=4"]
-    body = [row for row in rows if row not in headers]
+    body = [row for row in table if row not in headers]
     assert sorted(row[0] for row in body) == sorted(2 * list(expected))
-    assert all(len(row) == 1 + 2 * 2 * 2 for row in rows)
+    assert all(len(row) == 1 + 2 * 2 * 2 for row in table)
     assert all(float(cell) >= 0 for row in body for cell in row[1:])
 
 
-def test_without_a_card_the_cuda_benchmark_runs_through_and_says_where_it_stops(tmp_path):
-    run = benchmark(["bash", EFFICIENCY / "cuda.sh", "measure"], tmp_path, CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 0, run.stderr
-    assert all(f"{part}: done" in run.stderr for part in ("operator", "layer", "training"))
-    last = run.stdout.splitlines()[-1]
-    assert last.startswith("Stopped before measuring: there is no CUDA card.")
-    assert "TB/s" not in run.stdout
+def test_without_a_card_the_cuda_benchmark_runs_through_and_says_where_it_stops(benchmark):
+    status, output = benchmark("benchmark_cuda.py")
+    assert status == 0, output
+    assert all(f"{part}: done" in output for part in ("operator", "layer", "training"))
+    assert output.splitlines()[-1].startswith("Stopped before measuring: there is no CUDA card.")
+    assert "TB/s" not in output
+
+
+def cuda(folder, *words):
+    """Run cuda.sh, with a ``python`` that says what it is called with."""
+    (folder / "python").write_text("#!/bin/sh\necho python $@\n")
+    (folder / "python").chmod(0o755)
+    env = {**os.environ, "PATH": os.pathsep.join([str(folder), os.environ["PATH"]])}
+    return subprocess.run(["bash", EFFICIENCY / "cuda.sh", *words], env=env, capture_output=True, text=True)
+
+
+def test_cuda_command_takes_steps_and_options(tmp_path):
+    done = cuda(tmp_path, "test", "measure", "--", "--json", "out.json")
+    assert done.returncode == 0, done.stderr
+    first, second = done.stdout.splitlines()
+    assert first.startswith("python -m pytest -q tests/ops")
+    assert second == "python examples/efficiency/benchmark_cuda.py --json out.json"
 
 
 def test_cuda_command_names_a_step_it_does_not_know(tmp_path):
-    run = benchmark(["bash", EFFICIENCY / "cuda.sh", "bild"], tmp_path)
-    assert run.returncode == 1
-    assert "want build, test, sanitize or measure" in run.stderr
+    done = cuda(tmp_path, "bild")
+    assert done.returncode == 1
+    assert "want build, test, sanitize or measure" in done.stderr
 
 
-def test_units_prints_every_unit_beside_the_paper(tmp_path):
+def test_units_prints_every_unit_beside_the_paper(benchmark, tmp_path):
     sizes = {"width": 16, "layers": 2, "words": 60, "sentences": 2, "length": 5, "updates": 1}
     options = ["--rounds", "1", "--sizes", json.dumps(sizes), "--json", "out.json", "--plot", "out.png"]
-    run = benchmark([sys.executable, EFFICIENCY / "units.py", *options], tmp_path)
-    assert run.returncode == 0, run.stderr
+    status, output = benchmark("units.py", *options)
+    assert status == 0, output
     measured = json.loads((tmp_path / "out.json").read_text())["measured"]
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")][1:]
-    assert [row[0] for row in rows] == list(measured) == ["lrn", "olrn", "gru", "lstm", "atr", "sru"]
-    assert rows[0][3] == rows[0][6] == "1.00"
-    assert rows[2][4] == "2.70"
+    table = rows(output)[1:]
+    assert [row[0] for row in table] == list(measured) == ["lrn", "olrn", "gru", "lstm", "atr", "sru"]
+    assert table[0][3] == table[0][6] == "1.00"
+    assert table[2][4] == "2.70"
     assert len({one["parameters"] for (one,) in measured.values()}) > 3
     assert all(value >= 0 for (one,) in measured.values() for value in one.values())
     assert (tmp_path / "out.png").stat().st_size > 0
@@ -119,11 +151,11 @@ def test_types_of_arguments(monkeypatch, tmp_path, read, text, message):
         ("decoding.py", [".", "run"], "run: no run/checkpoint_best.pt"),
     ],
 )
-def test_wrong_arguments_are_refused_before_measuring(tmp_path, script, options, message):
-    run = benchmark([sys.executable, EFFICIENCY / script, *options], tmp_path)
-    assert run.returncode != 0
-    assert message in run.stderr.splitlines()[-1]
-    assert run.stdout == ""
+def test_wrong_arguments_are_refused_before_measuring(benchmark, script, options, message):
+    status, output = benchmark(script, *options)
+    assert status != 0
+    assert message in output.splitlines()[-1]
+    assert not rows(output)
 
 
 @pytest.fixture(scope="module")
@@ -138,26 +170,26 @@ def translated(run, data, tmp_path_factory):
     ).split()
     run("fairseq-train", data, *plugin, *options, *SMALL_OPTIONS, "--save-dir", work / "all")
     for folder, checkpoint, updates in (("early", "average10", 50), ("late", "best", 600)):
-        (work / folder).mkdir()
+        (work / "runs" / folder).mkdir(parents=True)
         (saved,) = (work / "all").glob(f"checkpoint_*_{updates}.pt")
-        shutil.copy(saved, work / folder / f"checkpoint_{checkpoint}.pt")
-    (work / "early" / "checkpoint_best.pt").write_text("The average comes first.")
+        shutil.copy(saved, work / "runs" / folder / f"checkpoint_{checkpoint}.pt")
+    (work / "runs/early/checkpoint_best.pt").write_text("The average comes first.")
     (work / "bin").symlink_to(data)
     search = "--cpu --beam 1 --remove-bpe sentencepiece --required-batch-size-multiple 1".split()
-    output = run("fairseq-generate", data, *plugin, "--path", work / "late/checkpoint_best.pt", *search)
+    output = run("fairseq-generate", data, *plugin, "--path", work / "runs/late/checkpoint_best.pt", *search)
     found = {int(number): text for number, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", output, re.M)}
-    (work / "raw").mkdir()
-    text = "".join(found[number] + "\n" for number in sorted(found))
-    (work / "raw" / "test.de").write_text(text, encoding="utf-8")
+    (work / "text").mkdir()
+    text = "\n".join(found[number] for number in sorted(found))  # the last line has no end
+    (work / "text" / "test.de").write_text(text, encoding="utf-8")
     return work
 
 
-def test_decoding_prints_every_run_and_writes_json(translated, tmp_path):
-    assert len(set((translated / "raw" / "test.de").read_text(encoding="utf-8").splitlines())) > 9
+def test_decoding_prints_every_run_and_writes_json(benchmark, translated, tmp_path):
+    assert len(set((translated / "text" / "test.de").read_text(encoding="utf-8").splitlines())) > 9
     options = "--beam 1 --batch-size 1 64 --threads 1 --rounds 1 --json out.json --plot out.png".split()
     runs = ["late", "early:translation"]
-    run = benchmark([sys.executable, EFFICIENCY / "decoding.py", translated, *runs, *options], tmp_path)
-    assert run.returncode == 0, run.stderr
+    status, output = benchmark("decoding.py", translated, *runs, *options)
+    assert status == 0, output
 
     measured = json.loads((tmp_path / "out.json").read_text())["measured"]
     assert [(one["batch_size"], one["run"]) for one in measured] == [
@@ -170,22 +202,22 @@ def test_decoding_prints_every_run_and_writes_json(translated, tmp_path):
         assert bleu[0] == pytest.approx(100) and bleu[1] < 90
     assert all(result["memory"] > 100 for result in results.values())
 
-    rows = [line.strip("| ").split(" | ") for line in run.stdout.splitlines() if line.startswith("| ")]
-    assert [row[0] for row in rows] == ["model", "---", *runs]
-    assert rows[2][1] == "100.0" and rows[2][3] == rows[2][6] == "1.00"
+    table = rows(output)
+    assert [row[0] for row in table] == ["model", "---", *runs]
+    assert table[2][1] == "100.0" and table[2][3] == table[2][6] == "1.00"
     for column, batch_size in ((2, 1), (5, 64)):
         late, early = (results[batch_size, run]["speed"] for run in runs)
-        assert rows[0][column] == f"sentences/s, batch {batch_size}"
-        assert float(rows[3][column]) == pytest.approx(early, abs=0.051)
-        assert float(rows[3][column + 1]) == pytest.approx(early / late, abs=0.0051)
+        assert table[0][column] == f"sentences/s, batch {batch_size}"
+        assert float(table[3][column]) == pytest.approx(early, abs=0.051)
+        assert float(table[3][column + 1]) == pytest.approx(early / late, abs=0.0051)
     assert (tmp_path / "out.png").stat().st_size > 0
 
 
-def test_decoding_names_the_run_that_fails(translated, tmp_path):
+def test_decoding_names_the_run_that_fails(benchmark, translated):
     options = "--beam 1 --batch-size 64 --threads 1 --rounds 1".split()
     runs = ["late:unheard_of", "early"]
-    run = benchmark([sys.executable, EFFICIENCY / "decoding.py", translated, *runs, *options], tmp_path)
-    assert run.returncode == 1
-    assert "late:unheard_of: fairseq-generate failed:" in run.stderr
-    assert "invalid choice: 'unheard_of'" in run.stderr
-    assert "Traceback" not in run.stderr
+    status, output = benchmark("decoding.py", translated, *runs, *options)
+    assert status == 1
+    assert "late:unheard_of: fairseq-generate failed:" in output
+    assert "invalid choice: 'unheard_of'" in output
+    assert "Traceback" not in output

@@ -5,11 +5,13 @@ import os
 from pathlib import Path
 
 import pytest
-from recipes import Recipe, lines
+from recipes import Recipe, assert_trains_the_same, lines, table, write
 
 SIZES = {"train": 60, "trial": 13, "test_annotated": 21}  # 8 divides no count of results
 HEADER = ["pair_ID", "sentence_A", "sentence_B", "relatedness_score", "entailment_judgment"]
-SMALL = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --log-interval 1".split()
+SMALL = """model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10
+    optimization.max_epoch=2 models=lrn min_count=1""".split()
+OPTIONS = "--encoder-embed-dim 8 --encoder-hidden-size 8 --batch-size 10 --max-epoch 2".split()
 
 
 def made():
@@ -24,10 +26,8 @@ def made():
     return [rows[i * 37 % len(rows)] for i in range(len(rows))]
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder as SICK takes it."""
-    folder = tmp_path_factory.mktemp("data")
+def sick(folder, **changed):
+    """A folder as sick.py takes it."""
     rows = made()
     for name, size in SIZES.items():
         taken, rows = rows[:size], rows[size:]
@@ -36,69 +36,95 @@ def data(tmp_path_factory):
             taken = [line.split("\t") for line in text.split("\n")[1 : size + 1]]
         assert len(taken) == size
         text = "".join("\t".join(row) + "\n" for row in [HEADER, *taken])
-        (folder / f"SICK_{name}.txt").write_text(text, encoding="utf-8")
+        write(folder / f"SICK_{name}.txt", changed.get(name, text))
     return folder
 
 
 @pytest.fixture(scope="module")
-def recipe(tmp_path_factory):
-    return Recipe("inference", tmp_path_factory.mktemp("cwd"), MAX_EPOCH="2")
+def recipe(start, tmp_path_factory):
+    cwd = tmp_path_factory.mktemp("sick")
+    sick(cwd / "data")
+    recipe = Recipe(start, cwd, "inference/sick.py", "--data", "data", *SMALL)
+    recipe.work = cwd / "sick"
+    recipe.output = recipe()
+    return recipe
 
 
-def test_table_and_training_that_goes_on(recipe, data):
-    done = recipe("sick.sh", "lrn", "--", *SMALL, SICK=str(data))
-    assert done.returncode == 0, done.stderr[-4000:]
+def test_table(recipe):
     for name, split in (("train", "train"), ("trial", "valid"), ("test_annotated", "test")):
-        rows = [line.split("\t") for line in lines(data / f"SICK_{name}.txt")[1:]]
-        raw = {part: lines(recipe.work / "raw" / f"{split}.{part}") for part in ("label", "input0", "input1")}
-        assert raw["label"] == [row[4] for row in rows]
+        rows = [line.split("\t") for line in lines(recipe.cwd / f"data/SICK_{name}.txt")[1:]]
+        text = {part: lines(recipe.work / f"text/{split}.{part}") for part in ("label", "input0", "input1")}
+        assert text["label"] == [row[4] for row in rows]
         for i, part in ((1, "input0"), (2, "input1")):
             # an apostrophe between letters is part of the word, other signs are words
-            assert [line.replace(" ", "") for line in raw[part]] == [
+            assert [line.replace(" ", "") for line in text[part]] == [
                 row[i].replace(" ", "").lower() for row in rows
             ]
-    header, _, row = ([cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines())
+    header, row = table(recipe.output)
     assert len(header) == len(row) == 6
     for accuracy, size in zip(map(float, row[2:4]), (SIZES["trial"], SIZES["test_annotated"])):
         assert accuracy in [round(100 * correct / size, 1) for correct in range(size + 1)]
 
-    (recipe.work / "lrn" / "trained").unlink()
-    again = recipe("sick.sh", "lrn", "--", *SMALL, SICK=str(data))
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert "Loaded checkpoint" in (recipe.work / "lrn" / "train.log").read_text()
-    assert again.stdout == done.stdout
+
+def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
+    assert_trains_the_same(run, recipe.work, "lrn", tmp_path, *OPTIONS)
 
 
-def test_snli_without_the_pairs_that_have_no_label(recipe, tmp_path):
-    """The text is prepared; an option that is none ends the training that follows.
-
-    With a folder for binary data there, fairseq-preprocess is taken for done.
-    """
-    (recipe.work.parent / "snli" / "bin").mkdir(parents=True)
-    rows = [
-        ["gold_label", "sentence1_binary_parse", "sentence1", "sentence2", "captionID"],
-        ["neutral", "( A man )", "A man's hat.", 'He said "no', "1"],
-        ["-", "( A man )", "A man's hat.", "Nobody knows", "2"],
-        ["entailment", "( )", "", "A hat", "3"],
-    ]
-    for split in ("train", "dev", "test"):
-        (tmp_path / f"snli_1.0_{split}.txt").write_text("".join("\t".join(row) + "\n" for row in rows))
-    done = recipe("snli.sh", "lrn", "--", "--no-such-option", SNLI=str(tmp_path), WORK="snli", MIN_COUNT="1")
-    assert done.returncode != 0
-    assert "failed in step: training lrn" in done.stderr
-    raw = recipe.work.parent / "snli" / "raw"
-    for split in ("train", "valid", "test"):
-        assert lines(raw / f"{split}.label") == ["neutral", "entailment"]
-        assert lines(raw / f"{split}.input0") == ["a man's hat .", ""]
-        assert lines(raw / f"{split}.input1") == ['he said " no', "a hat"]
+def row(*columns):
+    return "\t".join(HEADER) + "\n" + "\t".join(columns) + "\n"
 
 
 @pytest.mark.parametrize(
-    "script, variable, name",
-    [("sick.sh", "SICK", "SICK_train.txt"), ("snli.sh", "SNLI", "snli_1.0_train.txt")],
+    "text, words",
+    [
+        (row("1", "A", "B", "3.0"), "line 2: there are 4 columns, but must be 5"),
+        (row("1", "A", "B", "3.0", "NEUTRAL", ""), "line 2: there are 6 columns, but must be 5"),
+        (row("1", "A", " ", "3.0", "NEUTRAL"), "line 2: the label NEUTRAL is without text"),
+        (row("1", "A", "B", "3.0", "NEU TRAL"), "line 2: the label 'NEU TRAL' has a blank in it"),
+        (
+            row("1", "A", "B", "3.0", "OTHER"),
+            "line 2: the label OTHER is not in the training set, which has C",
+        ),
+        (
+            "A\tB\tC\tD\tE\n",
+            "line 1: the columns must have the names entailment_judgment, sentence_A, sentence_B",
+        ),
+    ],
 )
-def test_missing_data(recipe, tmp_path, script, variable, name):
-    done = recipe(script, **{variable: str(tmp_path)}, WORK=str(tmp_path / "work"))
-    assert done.returncode != 0
-    assert f"no {name} in {variable}={tmp_path}" in done.stderr
-    assert "failed in step: raw text" in done.stderr
+def test_tables_that_are_wrong_are_refused(recipe, tmp_path, text, words):
+    data = sick(tmp_path / "data", trial=text)
+    message = recipe.refused("--data", str(data), "--work", str(tmp_path / "work"))
+    assert f"{data}/SICK_trial.txt, {words}" in message
+
+
+def test_snli_without_the_pairs_that_have_no_label(run, start, tmp_path):
+    """Of its labels all but the first column may be missing."""
+    header = "gold_label sentence1_binary_parse sentence1 sentence2 captionID label1 label2 label3".split()
+    rows = [
+        ["neutral", "( A man )", "A man's hat.", 'He said\u2028"no', "1", "neutral"],
+        ["-", "( A man )", "A man's hat.", "Nobody knows", "2", "neutral", "entailment", "neutral"],
+        ["entailment", "( )", "Nobody", "A hat", "3", "entailment", "", ""],
+    ]
+    for split in ("train", "dev", "test"):
+        write(
+            tmp_path / f"data/snli_1.0_{split}.txt", "".join("\t".join(row) + "\n" for row in [header, *rows])
+        )
+    recipe = Recipe(start, tmp_path, "inference/snli.py", "--data", "data", *SMALL)
+    assert table(recipe())[1][0] == "lrn"
+    for split in ("train", "valid", "test"):
+        assert lines(tmp_path / f"snli/text/{split}.label") == ["neutral", "entailment"]
+        assert lines(tmp_path / f"snli/text/{split}.input0") == ["a man's hat .", "nobody"]
+        assert lines(tmp_path / f"snli/text/{split}.input1") == ['he said " no', "a hat"]
+    assert_trains_the_same(run, tmp_path / "snli", "lrn", tmp_path / "same", *OPTIONS)
+    write(tmp_path / "bad/snli_1.0_train.txt", "\t".join(header) + "\n" + "\t".join(rows[1][1:]) + "\n")
+    for split in ("dev", "test"):
+        write(tmp_path / f"bad/snli_1.0_{split}.txt", "")
+    message = recipe.refused("--data", "bad", "--work", "other")
+    assert "bad/snli_1.0_train.txt, line 2: there are 7 columns, but must be 8" in message
+
+
+@pytest.mark.parametrize("script, name", [("sick", "SICK_train.txt"), ("snli", "snli_1.0_train.txt")])
+def test_missing_data(start, tmp_path, script, name):
+    recipe = Recipe(start, tmp_path, f"inference/{script}.py", "--data", ".", "--work", "work")
+    assert f"there is neither {name} nor {name}.gz in ." in recipe.refused()
+    assert "curl" in Recipe(start, tmp_path, f"inference/{script}.py")("--dry-run")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from batches import dictionary
-from recipes import Recipe
+from recipes import Recipe, assert_trains_the_same, lines, table, times, write
 
 import fairseq_lrn.tasks  # noqa: F401  registers them
 from fairseq_lrn.models import LRNLanguageModel
@@ -18,7 +18,12 @@ from fairseq_lrn.models.lrn_lm import LRNLanguageModelConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples/language_modeling"
-SHORT = ["--decoder-embed-dim", "16", "--decoder-hidden-size", "16", "--adaptive-softmax-cutoff", "10,40"]
+SHORT = (
+    "model.decoder_embed_dim=16 model.decoder_hidden_size=16 model.adaptive_softmax_cutoff=[10,40]".split()
+)
+OPTIONS = (
+    "--decoder-embed-dim 16 --decoder-hidden-size 16 --adaptive-softmax-cutoff 10,40 --max-epoch 1".split()
+)
 sys.path.insert(0, str(EXAMPLE))
 import dynamic_eval  # noqa: E402
 
@@ -36,85 +41,79 @@ def made(articles):
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder as WIKITEXT2 takes it, without a training text."""
-    folder = tmp_path_factory.mktemp("data")
+def recipe(start, tmp_path_factory):
+    """A run on a folder without a training text."""
+    cwd = tmp_path_factory.mktemp("wikitext2")
     for name, size in (("valid", 300), ("test", 200)):
-        lines = made(size // 10)
+        text = made(size // 10)
         if "WIKITEXT2" in os.environ:
-            source = Path(os.environ["WIKITEXT2"], f"{name}.txt")
-            lines = source.read_text(encoding="utf-8").splitlines()[:size]
-        (folder / f"{name}.txt").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    return folder
+            text = Path(os.environ["WIKITEXT2"], f"{name}.txt").read_text(encoding="utf-8").split("\n")[:size]
+        write(cwd / f"data/{name}.txt", "".join(line + "\n" for line in text))
+    options = [*SHORT, "models=lrn", "optimization.max_epoch=1"]
+    recipe = Recipe(start, cwd, "language_modeling/wikitext2.py", "--data", "data", *options)
+    recipe.work = cwd / "wikitext2"
+    recipe.output = recipe("small=true")
+    return recipe
 
 
-@pytest.fixture(scope="module")
-def recipe(data, tmp_path_factory):
-    return Recipe(
-        "language_modeling", tmp_path_factory.mktemp("cwd"), WIKITEXT2=str(data), SMALL="1", MAX_EPOCH="1"
-    )
+def test_table(recipe):
+    header, row = table(recipe.output)
+    assert header == ["unit", "parameters", "validation perplexity", "test perplexity", "training s/batch"]
+    assert row[0] == "lrn" and int(row[1].replace(",", "")) > 1000
+    log = (recipe.work / "logs/runs.lrn.perplexity.log").read_text()
+    for split, printed in zip(("valid", "test"), row[2:4]):
+        words = sum(len(line.split()) + 1 for line in lines(recipe.work / f"text/{split}"))
+        assert f"Evaluated {words:,} tokens" in log and f"Perplexity: {printed}" in log
 
 
-@pytest.fixture(scope="module")
-def done(recipe):
-    result = recipe("wikitext2.sh", "lrn", "--", *SHORT)
-    assert result.returncode == 0, result.stderr[-4000:]
-    return result
+def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
+    assert_trains_the_same(run, recipe.work, "lrn", tmp_path, *OPTIONS)
 
 
-def test_table(recipe, done):
-    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in done.stdout.splitlines()[-3:]]
-    assert rows[0] == ["unit", "parameters", "validation perplexity", "test perplexity", "training s/batch"]
-    unit, parameters, *numbers = rows[2]
-    assert unit == "lrn"
-    assert int(parameters.replace(",", "")) > 1000
-    assert all(float(number) > 0 for number in numbers)
-    for split, printed in zip(("valid", "test"), numbers):
-        lines = (recipe.work / "raw" / split).read_text(encoding="utf-8").splitlines()
-        words = sum(len(line.split()) + 1 for line in lines)
-        log = (recipe.work / "lrn" / f"{split}.log").read_text()
-        assert f"Evaluated {words:,} tokens" in log
-        assert f"Perplexity: {printed}" in log
-
-
-def test_halves_are_the_test_text_cut_before_an_article(recipe, data, done):
-    first, second = ((recipe.work / "raw" / name).read_bytes() for name in ("valid", "test"))
-    assert first + second == (data / "test.txt").read_bytes()
+def test_halves_are_the_test_text_cut_before_an_article(recipe):
+    first, second = ((recipe.work / "text" / name).read_bytes() for name in ("valid", "test"))
+    assert first + second == (recipe.cwd / "data/test.txt").read_bytes()
     assert re.match(rb" = [^=]+ = \n", second)
-    assert (recipe.work / "raw/train").read_bytes() == (data / "valid.txt").read_bytes()
+    assert (recipe.work / "text/train").read_bytes() == (recipe.cwd / "data/valid.txt").read_bytes()
 
 
-def test_a_second_run_repeats_the_table_only(recipe, done):
-    files = [path for folder in ("lrn", "bin", "raw") for path in (recipe.work / folder).iterdir()]
-    before = {path: path.stat().st_mtime_ns for path in files}
-    again = recipe("wikitext2.sh", "lrn", "--", *SHORT)
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert {path: path.stat().st_mtime_ns for path in files} == before
-    assert again.stdout.splitlines() == done.stdout.splitlines()[-3:]
+def test_a_second_run_repeats_the_table_only(recipe):
+    before = times(recipe.work)
+    assert table(recipe("small=true")) == table(recipe.output)
+    assert times(recipe.work) == before
 
 
-@pytest.mark.parametrize(
-    "words, settings, expected",
-    [
-        (["rnn"], {}, "CELL is rnn, but must be lrn, olrn, lstm, gru, atr or sru"),
-        ([], {"WIKITEXT2": "nowhere"}, "WIKITEXT2=nowhere is not a folder"),
-        ([], {"SMALL": ""}, "neither train.txt nor wiki.train.tokens in WIKITEXT2="),
-    ],
-)
-def test_errors(recipe, words, settings, expected):
-    result = recipe("wikitext2.sh", *words, **{"WORK": "other", **settings})
-    assert result.returncode != 0
-    assert expected in result.stderr
+def test_the_whole_text_is_not_the_small_one(recipe, tmp_path):
+    for name in ("train", "valid", "test"):
+        write(tmp_path / f"wiki.{name}.tokens", "\n = A = \n\n The\u2028cat\r sat .\r\n and\u0085went")
+    message = recipe.refused("--data", str(tmp_path))
+    assert "has runs (lrn) that were trained before small became False (it was True)" in message
+    assert "cannot specify cutoff larger than vocab size" in recipe(
+        "--data", str(tmp_path), "--work", str(tmp_path / "work"), status=1
+    )
+    text = (tmp_path / "work/text/train").read_text(encoding="utf-8")
+    assert text == "\n = A = \n\n The cat  sat .\n and went\n"
+
+
+def test_errors(recipe, tmp_path):
+    assert "neither train.txt nor train.txt.gz in data" in recipe.refused("--work", "other")
+    for name in ("valid", "test"):
+        write(tmp_path / f"{name}.txt", " = A = \n\n\n a b c\n")
+    options = ["--data", str(tmp_path), "--work", "other", "small=true"]
+    assert f"no article begins in the second half of {tmp_path}/test.txt" in recipe.refused(*options)
+    write(tmp_path / "test.txt", " = A = \n\n = B = \n")
+    write(tmp_path / "valid.txt", "\n \n")
+    assert "there is no text for train" in recipe.refused(*options)
 
 
 @pytest.fixture(scope="module")
-def evaluate(run, recipe, done):
+def evaluate(run, recipe):
     """Base-2 loss, and the number of tokens, of the test text under dynamic evaluation."""
 
     def command(*options):
         out = run(
             EXAMPLE / "dynamic_eval.py", recipe.work / "bin", "--user-dir", ROOT / "fairseq_lrn", "--cpu",
-            "--path", recipe.work / "lrn/checkpoint_best.pt", "--gen-subset", "test", *options,
+            "--path", recipe.work / "runs/lrn/checkpoint_best.pt", "--gen-subset", "test", *options,
         )  # fmt: skip
         found = re.search(r"Evaluated ([\d,]+) tokens\nLoss \(base 2\): ([\d.]+), Perplexity: ([\d.]+)", out)
         assert 2 ** float(found[2]) == pytest.approx(float(found[3]), rel=1e-3)
@@ -125,8 +124,8 @@ def evaluate(run, recipe, done):
 
 def test_without_a_step_it_is_static_evaluation(recipe, evaluate):
     loss, words = evaluate("--update", "sgd", "--learning-rate", 0, "--decay", 0, "--tokens-per-sample", 50)
-    log = (recipe.work / "lrn/test.log").read_text()
-    assert loss == pytest.approx(float(re.search(r"Loss \(base 2\): ([\d.]+)", log)[1]), abs=2e-4)
+    log = (recipe.work / "logs/runs.lrn.perplexity.log").read_text()
+    assert loss == pytest.approx(float(re.findall(r"Loss \(base 2\): ([\d.]+)", log)[1]), abs=2e-4)
     assert f"Evaluated {words} tokens" in log
 
 
@@ -140,10 +139,10 @@ def test_learning_from_the_text_lowers_its_perplexity(evaluate):
 
 
 @pytest.mark.parametrize("update", ["sgd", "rms"])
-def test_a_model_that_diverges_is_an_error(run, recipe, done, update):
+def test_a_model_that_diverges_is_an_error(run, recipe, update):
     out = run(
         EXAMPLE / "dynamic_eval.py", recipe.work / "bin", "--user-dir", ROOT / "fairseq_lrn", "--cpu",
-        "--path", recipe.work / "lrn/checkpoint_best.pt", "--gen-subset", "test", "--update", update,
+        "--path", recipe.work / "runs/lrn/checkpoint_best.pt", "--gen-subset", "test", "--update", update,
         "--learning-rate", 1e9, "--tokens-per-sample", 100, "--batch-size", 20, check=False,
     )  # fmt: skip
     assert re.fullmatch(r"the loss of a word in block \d+ is \S+: the model diverged", out.splitlines()[-1])

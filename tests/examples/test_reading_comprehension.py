@@ -1,5 +1,6 @@
 """examples/reading_comprehension on a slice: of the real data in $XQUAD, else of articles made here."""
 
+import importlib.util
 import json
 import os
 import re
@@ -7,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipes import Recipe
+from recipes import EXAMPLES, Recipe, assert_trains_the_same, lines, table, times, write
 
-FOLDER = Path(__file__).resolve().parents[2] / "examples" / "reading_comprehension"
-sys.path.insert(0, str(FOLDER))
-
-from squad import read, tokenize  # noqa: E402
+sys.path.insert(0, str(EXAMPLES))
+spec = importlib.util.spec_from_file_location("squad", EXAMPLES / "reading_comprehension/squad.py")
+squad = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(squad)
 
 
 def question(text, passage, *answers, id="q"):
@@ -22,22 +23,23 @@ def question(text, passage, *answers, id="q"):
     return {"id": id, "question": text, "answers": answers}
 
 
-def write(path, passage, *questions):
+def one(path, passage, *questions):
+    """A file of one passage, as PowerShell writes it."""
     data = [{"title": "t", "paragraphs": [{"context": passage, "qas": questions}]}]
-    path.write_text(json.dumps({"version": "1.1", "data": data}), encoding="utf-8")
+    path.write_text(json.dumps({"version": "1.1", "data": data}), encoding="utf-8-sig")
     return path
 
 
 def test_tokens_keep_their_places():
     text = " Levi's\u00a0Stadium,\n  $1.2m (naïve\u2028Ærø)—½ "
-    tokens = [text[begin:end] for begin, end in tokenize(text)]
+    tokens = [text[begin:end] for begin, end in squad.tokenize(text)]
     assert tokens == [*"Levi ' s Stadium , $ 1 . 2m ( naïve Ærø ) — ½".split()]
     assert "".join(tokens) == "".join(text.split())
 
 
 def test_answers_become_spans_of_tokens(tmp_path):
     passage = "In  1869, Ærø's 2,500km coast (east) was mapped; east again."
-    path = write(
+    path = one(
         tmp_path / "x.json",
         passage,
         question("When?", passage, "1869", id="a"),
@@ -45,7 +47,7 @@ def test_answers_become_spans_of_tokens(tmp_path):
         question("How long?", passage, "2,500", "Ærø", id="c"),
         question("What?", passage, " coast ", id="d"),
     )
-    [row], questions, widened = read(path)
+    [row], questions, widened = squad.read(squad.load(path))
     words = [row["text"][begin:end] for begin, end in row["tokens"]]
     spans = [words[first : last + 1] for first, last in (x["span"] for x in questions)]
     assert spans == [["1869"], ["east"], ["2", ",", "500km"], ["coast"]]
@@ -74,9 +76,25 @@ PASSAGE = "one two three"
     ],
 )
 def test_what_would_be_lost_is_refused(tmp_path, questions, words):
-    path = write(tmp_path / "bad.json", PASSAGE, *questions)
-    with pytest.raises(ValueError, match=re.escape(f"{path}, ")) as error:
-        read(path)
+    path = one(tmp_path / "bad.json", PASSAGE, *questions)
+    with pytest.raises(squad.Refused, match=re.escape(f"{path}, ")) as error:
+        squad.load(path)
+    assert words in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    [
+        ('{"data": [\n{]}', "line 2: this is not JSON: "),
+        ("[]", "is not in the form of SQuAD 1.1: TypeError"),
+        ('{"data": [{"title": "t"}]}', "is not in the form of SQuAD 1.1: KeyError 'paragraphs'"),
+        (b'{"data": "\xff"}', "is not UTF-8"),
+    ],
+)
+def test_what_is_no_json_of_squads_is_refused(tmp_path, text, words):
+    write(tmp_path / "x.json", text)
+    with pytest.raises(squad.Refused, match=re.escape(str(tmp_path / "x.json"))) as error:
+        squad.load(tmp_path / "x.json")
     assert words in str(error.value)
 
 
@@ -95,100 +113,75 @@ def made(article):
     return {"title": str(article), "paragraphs": paragraphs}
 
 
+OPTIONS = "--encoder-hidden-size 8 --log-interval 1 --max-epoch 1".split()
+
+
 @pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder as XQUAD takes it, of ten articles."""
-    folder = tmp_path_factory.mktemp("data")
+def recipe(start, tmp_path_factory):
+    """A run on ten articles."""
+    cwd = tmp_path_factory.mktemp("squad")
+    articles = [made(i) for i in range(10)]
     if "XQUAD" in os.environ:
         real = json.loads(Path(os.environ["XQUAD"], "xquad.en.json").read_text(encoding="utf-8"))["data"]
         articles = [{"title": x["title"], "paragraphs": x["paragraphs"][:1]} for x in real[:10]]
-    else:
-        articles = [made(i) for i in range(10)]
-    (folder / "xquad.en.json").write_text(json.dumps({"data": articles}), encoding="utf-8")
-    return folder
+    write(cwd / "data/xquad.en.json", "\ufeff" + json.dumps({"data": articles}))
+    short = "model.encoder_hidden_size=8 common.log_interval=1 optimization.max_epoch=1 models=lrn".split()
+    recipe = Recipe(start, cwd, "reading_comprehension/squad.py", "--data", "data", *short)
+    recipe.articles, recipe.work = articles, cwd / "xquad"
+    recipe.output = recipe()
+    return recipe
 
 
-@pytest.fixture(scope="module")
-def recipe(data, tmp_path_factory):
-    return Recipe("reading_comprehension", tmp_path_factory.mktemp("cwd"), XQUAD=str(data), MAX_EPOCH="1")
-
-
-SHORT = ["--", "--encoder-hidden-size", "8", "--log-interval", "1"]
-
-
-@pytest.fixture(scope="module")
-def done(recipe):
-    return recipe("squad.sh", "lrn", *SHORT)
-
-
-def test_table(recipe, done):
-    assert done.returncode == 0, done.stderr[-4000:]
-    header, line, row = ([x.strip() for x in row.split("|")[1:-1]] for row in done.stdout.splitlines())
+def test_table(recipe):
+    header, row = table(recipe.output)
     assert header[:4] == ["unit", "parameters", "train EM", "F1"]
-    assert len(header) == len(line) == len(row) == 9
-    assert row[0] == "lrn"
-    assert int(row[1].replace(",", "")) > 1000
+    assert len(header) == len(row) == 9
+    assert row[0] == "lrn" and int(row[1].replace(",", "")) > 1000
     assert all(0 <= float(em) <= float(f1) <= 100 for em, f1 in zip(row[2:8:2], row[3:8:2]))
     assert float(row[8]) > 0
 
 
-def test_every_article_is_in_one_split_and_every_question_is_answered(recipe, done, data):
+def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
+    assert_trains_the_same(run, recipe.work, "lrn", tmp_path, *OPTIONS)
+
+
+def test_every_article_is_in_one_split_and_every_question_is_answered(recipe):
     articles = {
-        split: json.loads((recipe.work / "json" / f"{split}.json").read_text())["data"]
+        split: json.loads((recipe.work / f"text/{split}.json").read_text())["data"]
         for split in ("train", "valid", "test")
     }
     titles = [[x["title"] for x in articles[split]] for split in articles]
-    real = json.loads((data / "xquad.en.json").read_text(encoding="utf-8"))["data"]
+    real = recipe.articles
     assert titles == [[x["title"] for x in part] for part in (real[:8], real[8:9], real[9:])]
-    counts = [int(row.split(" ")[1]) for row in (recipe.work / "bin" / "dict.txt").read_text().splitlines()]
+    counts = [int(row.split(" ")[1]) for row in lines(recipe.work / "bin/dict.txt")]
     assert min(counts) >= 2 and counts == sorted(counts, reverse=True)
     asked = [qa["id"] for paragraph in articles["test"][0]["paragraphs"] for qa in paragraph["qas"]]
-    answers = json.loads((recipe.work / "lrn" / "answers.json").read_text())
+    answers = json.loads((recipe.work / "runs/lrn/answers.json").read_text())
     assert sorted(answers) == sorted(asked)
     passages = [paragraph["context"] for paragraph in articles["test"][0]["paragraphs"]]
     assert all(any(answer in passage for passage in passages) for answer in answers.values())
 
 
-def test_a_second_run_repeats_the_table_only(recipe, done):
-    files = list(recipe.work.glob("*/*"))
-    before = {path: path.stat().st_mtime_ns for path in files}
-    again = recipe("squad.sh", "lrn", *SHORT)
-    assert again.returncode == 0, again.stderr[-4000:]
-    assert {path: path.stat().st_mtime_ns for path in files} == before
-    assert again.stdout == done.stdout
+def test_a_second_run_repeats_the_table_only(recipe):
+    before = times(recipe.work)
+    assert table(recipe()) == table(recipe.output)
+    assert times(recipe.work) == before
 
 
-def test_other_settings_are_no_reason_to_train_on(recipe, done):
-    for words, settings in ((["lrn"], {}), (["lrn", *SHORT], {"MAX_EPOCH": "2"})):
-        failed = recipe("squad.sh", *words, **settings)
-        assert failed.returncode != 0
-        assert "is of another training, MAX_EPOCH=1 --encoder-hidden-size 8" in failed.stderr
+def test_missing_data(recipe, tmp_path):
+    assert "--data nowhere is not a folder" in recipe.refused("--data", "nowhere")
+    missing = recipe.refused("corpus=squad", "--work", str(tmp_path / "work"))
+    assert "neither train-v1.1.json nor train-v1.1.json.gz in data" in missing
+    assert "corpus is trivia, but must be xquad or squad" in recipe.refused("corpus=trivia")
+    write(tmp_path / "xquad.en.json", json.dumps({"data": [made(i) for i in range(9)]}))
+    few = recipe.refused("--data", str(tmp_path), "--work", str(tmp_path / "work"))
+    assert f"{tmp_path}/xquad.en.json has 9 articles, but must have at least 10" in few
 
 
-def test_a_failure_names_its_step(recipe, done):
-    failed = recipe("squad.sh", "gru", "atr", "--", "--no-such-option")
-    assert failed.returncode != 0
-    assert failed.stderr.count("== training") == 1
-    assert "failed in step: training gru" in failed.stderr
-
-
-@pytest.mark.parametrize(
-    ("settings", "words", "step"),
-    [
-        ({"XQUAD": "/nowhere"}, "XQUAD=/nowhere is not a folder", "JSON"),
-        ({"DATASET": "squad", "SQUAD": "."}, "no train-v1.1.json in SQUAD=.", "JSON"),
-        ({"DATASET": "trivia"}, "DATASET is trivia, but must be xquad or squad", "arguments"),
-    ],
-)
-def test_missing_data(recipe, tmp_path, settings, words, step):
-    failed = recipe("squad.sh", "lrn", WORK=str(tmp_path / "work"), **settings)
-    assert failed.returncode != 0
-    assert words in failed.stderr
-    assert f"failed in step: {step}" in failed.stderr
-
-
-def test_too_few_articles(recipe, tmp_path):
-    (tmp_path / "xquad.en.json").write_text(json.dumps({"data": [made(i) for i in range(9)]}))
-    failed = recipe("squad.sh", "lrn", WORK=str(tmp_path / "work"), XQUAD=str(tmp_path))
-    assert "has 9 articles, but must have at least 10" in failed.stderr
-    assert "failed in step: splits" in failed.stderr
+def test_squad_has_its_splits(start, tmp_path):
+    for name, articles in (("train-v1.1", range(4)), ("dev-v1.1", [9])):
+        write(tmp_path / f"data/{name}.json", json.dumps({"data": [made(i) for i in articles]}))
+    recipe = Recipe(start, tmp_path, "reading_comprehension/squad.py", "--data", "data", "corpus=squad")
+    header, row = table(recipe("models=lrn", "optimization.max_update=1", "model.encoder_hidden_size=8"))
+    assert header == ["unit", "parameters", "train EM", "F1", "valid EM", "F1", "s/batch"] and len(row) == 7
+    assert len(json.loads((tmp_path / "squad/runs/lrn/answers.json").read_text())) == 4

@@ -1,4 +1,4 @@
-"""What all recipes share, by the quickest of them: options, the work folder, steps that are done again or not."""
+"""What all recipes share, by the quickest of them: options, the work folder, steps done again or not."""
 
 import fcntl
 import gzip
@@ -28,7 +28,9 @@ SENTENCES = [
 def data(folder, train=SENTENCES[:60], dev=SENTENCES[60:73], test=SENTENCES[73:94]):
     """A folder as sst2.py takes it; 8 divides no number of results."""
     for name, text in (("train", train), ("dev", dev), ("test", test)):
-        write(folder / f"{name}.txt", text if isinstance(text, bytes) else "".join(line + "\n" for line in text))
+        write(
+            folder / f"{name}.txt", text if isinstance(text, bytes) else "".join(line + "\n" for line in text)
+        )
     return folder
 
 
@@ -54,13 +56,17 @@ def test_steps_are_told_and_done_once(sst2):
     steps = [line[3:] for line in sst2.output.split("\n") if line.startswith("== ")]
     assert steps == ["text", "binarize", "runs/lrn/train", "runs/lrn/accuracy"]
     assert sst2.output.count("$ cd ") == 5
-    assert f"$ cd {sst2.work}/runs/lrn && fairseq-hydra-train --config-dir . --config-name train" in sst2.output
+    assert (
+        f"$ cd {sst2.work}/runs/lrn && fairseq-hydra-train --config-dir . --config-name train" in sst2.output
+    )
     header, row = table(sst2.output)
     assert header[:2] == ["unit", "parameters"] and row[0] == "lrn" and float(row[5]) > 0
 
     before = times(sst2.work)
     again = sst2(*SMALL)
-    assert [line for line in again.split("\n") if "==" in line] == [f"== {step}: done before" for step in steps]
+    assert [line for line in again.split("\n") if "==" in line] == [
+        f"== {step}: done before" for step in steps
+    ]
     assert times(sst2.work) == before
     assert table(again) == table(sst2.output)
 
@@ -89,9 +95,15 @@ def test_a_dry_run_prints_the_commands_and_changes_nothing(sst2, fresh):
 @pytest.mark.parametrize(
     "option, words",
     [
-        ("model.dropout=0.1", "runs/lrn was trained before model.dropout became 0.1 (it was 0.5): give another run="),
+        (
+            "model.dropout=0.1",
+            "runs/lrn was trained before model.dropout became 0.1 (it was 0.5): give another run=",
+        ),
         ("common.seed=2", "common.seed became 2 (it was 1)"),
-        ("min_count=9", "has runs (lrn) that were trained before min_count became 9 (it was 1): choose another --work"),
+        (
+            "min_count=9",
+            "has runs (lrn) that were trained before min_count became 9 (it was 1): choose another --work",
+        ),
         ("optimization.max_epoch=9", "optimization.max_epoch became 9 (it was 2)"),
     ],
 )
@@ -104,7 +116,9 @@ def test_another_setting_is_not_the_old_result(sst2, option, words):
 
 def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
     data(tmp_path, train=SENTENCES[1:61])
-    assert "has runs (lrn) that were trained before train.txt changed" in sst2.refused(*SMALL, "--data", str(tmp_path))
+    assert "has runs (lrn) that were trained before train.txt changed" in sst2.refused(
+        *SMALL, "--data", str(tmp_path)
+    )
     same = tmp_path / "same"
     data(same)
     text = (same / "train.txt").read_bytes()
@@ -139,7 +153,7 @@ def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words)
 
 
 def test_names_with_signs_that_mean_something_elsewhere(start, tmp_path):
-    """Hydra sweeps over commas, fairseq splits paths at colons, and a file of vectors is hashed where it is."""
+    """Hydra sweeps over commas, fairseq splits paths at colons, and a file of vectors is an input."""
     cwd = tmp_path / "a b,c:d='e'"
     data(cwd / "da,ta:1")
     write(cwd / "vectors 1", "1 8\nfilm " + " ".join("12345678") + "\n")
@@ -155,7 +169,13 @@ def test_names_with_signs_that_mean_something_elsewhere(start, tmp_path):
 
 def foreign(name, folder):
     if name == "an old recipe's":
-        for file in ("raw/train.label", "bin/dict.txt", "lrn/checkpoint_best.pt", "lrn/settings", ".gitignore"):
+        for file in (
+            "raw/train.label",
+            "bin/dict.txt",
+            "lrn/checkpoint_best.pt",
+            "lrn/settings",
+            ".gitignore",
+        ):
             write(folder / file, file)
     elif name == "a user's":
         for file in ("download/thesis.tex", "raw/notes", "text/train.label", ".gitignore", ".lock"):
@@ -169,7 +189,9 @@ def foreign(name, folder):
     return folder
 
 
-@pytest.mark.parametrize("name", ["an old recipe's", "a user's", "another recipe's", "another program's", "no JSON"])
+@pytest.mark.parametrize(
+    "name", ["an old recipe's", "a user's", "another recipe's", "another program's", "no JSON"]
+)
 @pytest.mark.parametrize("work", ["work", "."])
 def test_a_folder_that_is_not_the_recipes_is_left_alone(fresh, name, work):
     folder = foreign(name, fresh.cwd / work if work != "." else fresh.cwd)
@@ -183,7 +205,9 @@ def test_what_a_user_puts_into_the_work_folder_stays(fresh):
     (fresh.cwd / "sst2").mkdir()  # an empty one is taken
     fresh("run=compare")
     work = fresh.cwd / "sst2"
-    mine = [work / name for name in ("notes", "text/notes", "runs/compare/notes", "runs/raw/notes", "bin/notes")]
+    mine = [
+        work / name for name in ("notes", "text/notes", "runs/compare/notes", "runs/raw/notes", "bin/notes")
+    ]
     for path in mine:
         write(path, "mine")
     data(fresh.cwd / "data", dev=SENTENCES[50:60])

@@ -9,7 +9,6 @@ import math
 import os
 import re
 import signal
-import subprocess
 import sys
 from argparse import Namespace
 from collections import Counter, defaultdict
@@ -23,6 +22,7 @@ import torch
 from batches import SMALL_OPTIONS
 from fairseq import options as fairseq_options
 from omegaconf import OmegaConf
+from recipes import trained
 
 import fairseq_lrn.models  # noqa: F401  registers lrn, and lets torch.load read checkpoints with weights_only=True
 
@@ -171,7 +171,11 @@ class Lab:
 
     def hydra(self, name, updates, *overrides):
         """Train as the recipe's YAML says, or another model than its own; returns as :meth:`train`."""
-        config = OmegaConf.load(RECIPES / "config" / "multi30k.yaml")
+        config = OmegaConf.load(RECIPES / "multi30k.yaml")
+        own = ("architectures", "generation")
+        groups = [name for name, value in config.items() if OmegaConf.is_dict(value) and name not in own]
+        config = OmegaConf.masked_copy(config, groups)
+        config.model._name = "lrn_tiny"
         if self.architecture != "lrn":
             _, arch, *sizes = self.model
             config.model = {
@@ -180,11 +184,12 @@ class Lab:
             config.model.update(_name=arch, share_all_embeddings=True, dropout=0.3)
         folder = self.folder / name
         folder.mkdir(exist_ok=True)
+        config.common.user_dir, config.checkpoint.save_dir = str(PLUGIN[1]), str(folder)
+        config.task.update(data=str(self.data), source_lang="en", target_lang="de")
         OmegaConf.save(config, folder / "multi30k.yaml")
         output = self.run(
             "fairseq-hydra-train", "--config-dir", folder, "--config-name", "multi30k", "common.cpu=true",
-            f"task.data={self.data}", f"common.user_dir={PLUGIN[1]}", f"hydra.run.dir={folder}",
-            f"checkpoint.save_dir={folder}", f"optimization.max_update={updates}", *overrides,
+            f"hydra.run.dir={folder}", f"optimization.max_update={updates}", *overrides,
         )  # fmt: skip
         return folder, output
 
@@ -294,18 +299,10 @@ def logs_json(lab):
 
 @feature(HYDRA)
 def hydra(lab):
-    """The recipe's YAML and its script train the same model; for others, the YAML with another model."""
-    script = (
-        'fairseq-train() { printf "%s\\n" "$@"; }; '
-        'eval "$(cd "$0"; sed -n "/^[a-z_]*train() {/,/^}/p" recipe.sh multi30k.sh)"; train "$@"'
-    )
-    model = ["lrn_tiny"] if lab.architecture == "lrn" else lab.model[1:]
-    variables = {"work": "", "src": "en", "tgt": "de", "user_dir": str(PLUGIN[1]), "max_update": "2"}
-    words = subprocess.run(
-        ["bash", "-c", script, RECIPES, lab.folder / "recipe", *model],
-        env={**os.environ, **variables}, stdout=subprocess.PIPE, text=True, check=True,
-    ).stdout.splitlines()  # fmt: skip
-    lab.run("fairseq-train", lab.data, *words[1:], "--cpu")
+    """The recipe's YAML trains what the command line does; for others, the YAML with another model."""
+    model = [] if lab.architecture == "lrn" else lab.model
+    lab.run("fairseq-train", lab.data, *PLUGIN, *trained("multi30k"), *model, "--max-update", 2, "--cpu",
+            "--save-dir", lab.folder / "recipe")  # fmt: skip
 
     folder, _ = lab.hydra("hydra", 2)
     one, other = load(folder / "checkpoint_last.pt"), load(lab.folder / "recipe" / "checkpoint_last.pt")

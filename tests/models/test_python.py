@@ -133,3 +133,24 @@ for sample, found in zip(*torch.load("data.pt")):
     torch.testing.assert_close(generator(sample), found, rtol=1e-5, atol=1e-5)
 """
     run_without_the_package(tmp_path, program)
+
+
+@quiet_torchscript
+@needs_operator
+def test_loading_without_what_torchscript_does_not_take(run, data, tmp_path):
+    """As the error says, and examples/translation/export.md."""
+    options = {"offload_activations": False, "checkpoint_activations": False, "quant_noise_pq": 0.0}
+    noise = ["--quant-noise-pq", 0.1, "--quant-noise-pq-block-size", 4, "--offload-activations"]
+    train = ["fairseq-train", data, "--user-dir", PACKAGE, *TRAIN, *SMALL_OPTIONS, *noise]
+    run(*train, "--max-update", 1, "--save-dir", tmp_path)
+    load = (tmp_path, "checkpoint_last.pt", str(data))
+    for option in options:
+        others = {name: value for name, value in options.items() if name != option}
+        if option != "checkpoint_activations":  # the other one asks for it
+            with pytest.raises(TypeError, match=f"load the model with {option}=0"):
+                torch.jit.script(LRNModel.from_pretrained(*load, **others).models[0])
+    model = LRNModel.from_pretrained(*load, **options).models[0]
+    tokens = torch.tensor([[5, 6, 2]])
+    torch.testing.assert_close(
+        torch.jit.script(model)(tokens, None, tokens)[0], model(tokens, None, tokens)[0]
+    )

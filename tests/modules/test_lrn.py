@@ -339,10 +339,10 @@ def test_padding_content_is_never_read(options, steps, batch, seed):
     + [({}, form) for form in ("batch first", "one sequence", "scripted", "compiled")],
     ids=str,
 )
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
 @quiet_torchscript
 def test_padding_content_has_no_gradient(device, options, form, value):
-    """What is not finite at padding changes no output and no gradient; its own is zero."""
+    """What is not finite at padding, or overflows, changes no output and no gradient; its own is zero."""
     rnn = make(device, batch_first=form == "batch first", **options)
     x, mask = torch.randn(6, 3, SIZE, device=device), torch.rand(3, 6, device=device) < 0.4
     mask[0, 1] = True

@@ -1,6 +1,7 @@
 """What holds for every operator: PyTorch's own check of it, and one check of arguments for all devices."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -270,7 +271,7 @@ print(lrn_scan(torch.zeros(2, 1, 3)).shape)
 
 def test_instruction_set():
     """It is chosen by name, at first from the environment; what is unknown or not there is an error."""
-    known = "must be default, avx2 or avx512, but is 'sse'"
+    known = "must be default.* on this machine, but is 'sse'"
     with pytest.raises(ValueError, match=f"name {known}"):
         OPERATORS.set_cpu_capability("sse")
     for name, expected in (("default", "default"), ("", OPERATORS.cpu_capability())):
@@ -278,4 +279,4 @@ def test_instruction_set():
         assert run_program(program, FAIRSEQ_LRN_CPU_CAPABILITY=name) == (0, f"{expected}\n")
     status, said = run_program("import fairseq_lrn.ops", FAIRSEQ_LRN_CPU_CAPABILITY="sse")
     assert status == 1
-    assert said.splitlines()[-1] == f"ValueError: FAIRSEQ_LRN_CPU_CAPABILITY {known}"
+    assert re.fullmatch(f"ValueError: FAIRSEQ_LRN_CPU_CAPABILITY {known}", said.splitlines()[-1])

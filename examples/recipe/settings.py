@@ -1,0 +1,123 @@
+"""Settings: read from words OPTION=VALUE, checked, and completed as fairseq's own command line does."""
+
+import argparse
+import difflib
+import re
+from typing import Any, Dict, Iterable, Tuple
+
+from omegaconf import OmegaConf
+
+from .text import Refused
+from .work import package
+
+
+def read_option(word: str) -> Tuple[str, Any]:
+    """Split OPTION=VALUE; the value is read as in a YAML file, so that a comma or a blank may be in it."""
+    option, equals, value = word.partition("=")
+    option = option.lstrip("+")
+    if not equals or not re.fullmatch(r"\w+(\.\w+)*", option):
+        raise Refused(f"the argument {word!r} must be OPTION=VALUE, as model.dropout=0.2")
+    try:
+        read = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
+    except Exception as error:
+        raise Refused(f"{option} is {value!r}, which is no value of a YAML file") from error
+    if set(read) != {"value"}:
+        raise Refused(f"{option} is {value!r}, which is no value of a YAML file")
+    return option, read["value"]
+
+
+def own_value(name: str, value: Any, default: Any) -> Any:
+    """Return a recipe's own setting as the type that the YAML file's ``default`` has."""
+    kind = type(default)
+    if isinstance(default, list) and value is not None:
+        values = value if isinstance(value, list) else str(value).split(",")
+        return [str(x).strip() for x in values]
+    if default is None:
+        return None if value is None else value if isinstance(value, list) else str(value)
+    if kind is str and not isinstance(value, (list, dict)):
+        return str(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if type(value) is not kind:
+        kinds = {int: "a whole number", bool: "true or false", float: "a number"}
+        raise Refused(f"{name} is {value!r}, but must be {kinds.get(kind, 'text')}")
+    if kind in (int, float) and value < 0:
+        raise Refused(f"{name} is {value}, but must not be negative")
+    return value
+
+
+def near(name: str, known: Iterable[str]) -> str:
+    """Say what may have been meant by ``name``."""
+    found = difflib.get_close_matches(name, list(known), 3)
+    return f" (did you mean {' or '.join(found)}?)" if found else ""
+
+
+def resolve(settings: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
+    """Check fairseq's groups of settings, and complete the model as ``fairseq-train --arch`` does.
+
+    ``fairseq-hydra-train`` itself passes over options that the model does not have, and over what an
+    architecture stands for.
+    """
+    try:
+        from fairseq.dataclass.configs import FairseqConfig
+        from fairseq.dataclass.utils import _set_legacy_defaults
+        from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY, MODEL_REGISTRY
+        from fairseq.registry import REGISTRIES
+        from fairseq.tasks import TASK_DATACLASS_REGISTRY, TASK_REGISTRY
+        from fairseq.utils import import_user_module
+
+        import_user_module(argparse.Namespace(user_dir=str(package())))
+    except ImportError as error:
+        raise Refused(f"fairseq and this package must be installed: {error}") from error
+
+    resolved = {}
+    for group, options in settings.items():
+        if group not in FairseqConfig.__dataclass_fields__:
+            names = FairseqConfig.__dataclass_fields__
+            raise Refused(f"there is no group of options {group}{near(group, names)}")
+        node, known = FairseqConfig.__dataclass_fields__[group].type, None
+        name = options.get("_name")
+        if group == "model":
+            model = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
+            if model is None:
+                raise Refused(f"there is no model {name}{near(str(name), ARCH_MODEL_REGISTRY)}")
+            node = getattr(model, "__dataclass", None)
+            if node is None:
+                parser = argparse.ArgumentParser(allow_abbrev=False)
+                model.add_args(parser)
+                # such a model also reads what are the task's options, as fairseq-train has one list of all
+                known = {action.dest for action in parser._actions} | {"criterion"}
+                known |= set(TASK_DATACLASS_REGISTRY[settings["task"]["_name"]].__dataclass_fields__)
+        elif node is Any:  # a choice of several, by name
+            registry, nodes = TASK_REGISTRY, TASK_DATACLASS_REGISTRY
+            if group != "task":
+                registry, nodes = REGISTRIES[group]["registry"], REGISTRIES[group]["dataclass_registry"]
+            if name not in registry:
+                raise Refused(
+                    f"{group}._name is {name}, which fairseq does not know{near(str(name), registry)}"
+                )
+            node = nodes.get(name)
+        known = known or (set(node.__dataclass_fields__) if node else set(options))
+        values = {}
+        for option, value in options.items():
+            if option not in {*known, "_name"}:
+                raise Refused(f"there is no option {group}.{option}{near(option, known)}")
+            if node is not None and option != "_name":
+                if "List[" in str(node.__dataclass_fields__[option].type) and isinstance(value, (int, float)):
+                    value = [value]
+                try:
+                    OmegaConf.merge(OmegaConf.structured(node), {option: value})
+                except Exception as error:
+                    reason = str(error).split("\n")[0]
+                    raise Refused(f"{group}.{option} is {value!r}: {reason}") from error
+            values[option] = value
+        if group == "model":
+            namespace = argparse.Namespace(**values)
+            ARCH_CONFIG_REGISTRY.get(name, lambda _: None)(namespace)
+            if node is None:
+                _set_legacy_defaults(namespace, model)
+                # fairseq's lstm looks for it among its own options
+                vars(namespace).setdefault("criterion", settings["criterion"]["_name"])
+            values = vars(namespace)
+        resolved[group] = values
+    return resolved

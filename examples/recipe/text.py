@@ -1,0 +1,79 @@
+"""Reading text, line by line, and saying in one sentence what is wrong with it."""
+
+import gzip
+import hashlib
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import Iterator, NamedTuple, Sequence
+
+BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a part of a compressed file raises
+
+
+class Refused(Exception):
+    """What the user must know, in one sentence."""
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+class Line(NamedTuple):
+    """A line of a file, without its end, and where it is."""
+
+    path: Path
+    number: int
+    text: str
+
+    def refuse(self, reason: str) -> Refused:
+        return Refused(f"{self.path}, line {self.number}: {reason}")
+
+
+def lines(path: Path) -> Iterator[Line]:
+    r"""Yield the lines of a UTF-8 file, compressed by gzip or not; they end with ``\n`` or ``\r\n``.
+
+    A byte order mark is left out, and so is the last line where it has not even an end.
+    """
+    try:
+        with open(path, "rb") as raw:
+            magic = raw.read(2)
+        with (gzip.open if magic == b"\x1f\x8b" else open)(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                if number == 1 and line.startswith(b"\xef\xbb\xbf"):
+                    line = line[3:]
+                if line.endswith(b"\n"):
+                    line = line[: -2 if line.endswith(b"\r\n") else -1]
+                elif not line:
+                    return
+                yield Line(path, number, line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Refused(f"{path}, line {number}: this is not UTF-8 ({error.reason})") from error
+    except BROKEN as error:
+        raise Refused(f"{path} is not a whole gzip file: {error}") from error
+
+
+def blanks(text: str) -> str:
+    """Replace all white space, as Python counts it, by blanks: U+00A0, U+2028 and control characters, too."""
+    return re.sub(r"\s", " ", text)
+
+
+def numbered(numbers: Sequence[int]) -> str:
+    """Say which lines: the first ones, and how many in all."""
+    some = ", ".join(str(number) for number in numbers[:3])
+    return f"line {some}" if len(numbers) == 1 else f"lines {some}{', …' if len(numbers) > 3 else ''}"
+
+
+def digest(path: Path) -> str:
+    total = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in iter(lambda: file.read(1 << 20), b""):
+            total.update(block)
+    return total.hexdigest()
+
+
+def written(path: Path) -> Iterator[str]:
+    r"""Yield the lines of a file that a recipe wrote; each ends with ``\n``."""
+    with open(path, encoding="utf-8", newline="\n") as file:
+        for line in file:
+            yield line.rstrip("\n")
