@@ -612,11 +612,9 @@ Tensor Translator::project(const Tensor& encoder_out,
   return keys_values;
 }
 
-std::tuple<Tensor, Tensor, Tensor> Translator::step(const Tensor& words, const Tensor& keys_values,
-                                                    const std::optional<Tensor>& padding_mask,
-                                                    int64_t length,
-                                                    const std::optional<Tensor>& states,
-                                                    int64_t layer, int64_t heads) const {
+std::tuple<Tensor, Tensor, std::optional<Tensor>> Translator::step(
+    const Tensor& words, const Tensor& keys_values, const std::optional<Tensor>& padding_mask,
+    int64_t length, const std::optional<Tensor>& states, int64_t layer, int64_t heads) const {
   check_float("keys_values", keys_values, 4);
   const int64_t rows = words.numel(), count = keys_values.size(2), floats = memory_floats(length);
   TORCH_CHECK_VALUE(keys_values.sizes() == at::IntArrayRef({layers(), 1, count, floats}),
@@ -667,7 +665,7 @@ std::tuple<Tensor, Tensor, Tensor> Translator::step(const Tensor& words, const T
     decode(step, begin, end, {features.data_ptr<float>(), features.size(1)}, scratch);
   });
   if (layer < 0 || layer >= layers()) {
-    return {features.slice(1, 0, width()), next, Tensor()};
+    return {features.slice(1, 0, width()), next, std::nullopt};
   }
   const Tensor weights = at::zeros({rows, length}, at::kFloat);
   for (int64_t row = 0; row < rows; ++row) {

@@ -177,7 +177,7 @@ class Translator : public torch::CustomClassHolder {
   Translator(const Weights& weights, const TranslatorSettings& settings);
 
   int64_t layers() const { return static_cast<int64_t>(decoder_.size()); }
-  int64_t target_words() const { return projection_.out; }
+  int64_t target_words() const { return target_.weight.size(0); }
 
   // As the model's encoder: (sentences, length) to (length, sentences, width), zeros at padding.
   at::Tensor encode(const at::Tensor& src_tokens) const;
@@ -190,12 +190,10 @@ class Translator : public torch::CustomClassHolder {
   // As the model's decoder for one word of each row (rows), those of a sentence next to each other.
   // states are (layers, rows, padded width), none at first. Returns features (rows, width), states,
   // and one layer's attention, the mean of some heads', (rows, length).
-  std::tuple<at::Tensor, at::Tensor, at::Tensor> step(const at::Tensor& words,
-                                                      const at::Tensor& keys_values,
-                                                      const std::optional<at::Tensor>& padding_mask,
-                                                      int64_t length,
-                                                      const std::optional<at::Tensor>& states,
-                                                      int64_t layer, int64_t heads) const;
+  std::tuple<at::Tensor, at::Tensor, std::optional<at::Tensor>> step(
+      const at::Tensor& words, const at::Tensor& keys_values,
+      const std::optional<at::Tensor>& padding_mask, int64_t length,
+      const std::optional<at::Tensor>& states, int64_t layer, int64_t heads) const;
 
   Sentences read(const at::Tensor& src_tokens) const;
 

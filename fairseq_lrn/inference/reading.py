@@ -89,6 +89,7 @@ class Snapshot:
             self.getters.append(operator.itemgetter(*(name for name in names if name in state)))
         self.owners = list(filter(None, self.owners))
         self.owned = list(self._owned())  # kept, so that no other object gets their ids
+        self.parameters = [value for value in self.owned if isinstance(value, Tensor)]
         self.was = self._now()
 
     def _owned(self) -> Iterator[Any]:
@@ -100,6 +101,7 @@ class Snapshot:
             list(map(len, self.states)),
             list(map(len, self.hooks)),
             list(map(id, self._owned())),
+            list(map(Tensor.data_ptr, self.parameters)),
             [get(state) for get, state in zip(self.getters, self.states)],
         ]
 
@@ -146,7 +148,7 @@ def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         raise Unknown("the attention asked for is not that of the last layer and all heads")
     return weights, {
         "activation": _same("activation", [layer.rnn for layer in layers]),
-        "activation_fn": _activation(_same("activation_fn", [layer.ffn for layer in layers])),
+        "activation_fn": _same("activation_fn", [layer.ffn for layer in layers], _activation),
         "output_gate": _same("output_gate", [layer.rnn for layer in layers]),
         "heads": width // head_dim,
         "encoder_scale": float(model.encoder.embed_scale),
@@ -211,8 +213,8 @@ def _check_weight(name: str, value: Tensor) -> Tensor:
     return value.detach()
 
 
-def _same(name: str, owners: List[nn.Module]) -> Any:
-    values = {getattr(owner, name) for owner in owners}
+def _same(name: str, owners: List[nn.Module], read: Callable = lambda value: value) -> Any:
+    values = {read(getattr(owner, name)) for owner in owners}
     if len(values) != 1:
         raise Unknown(f"layers have more than one {name}")
     return values.pop()

@@ -82,8 +82,8 @@ class Translator:
 
         Returns:
             of B sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
-            first; of all their words, one hypothesis after the other, the ids, log-probabilities and
-            attention (words, S)
+            first; of all their words, one hypothesis after the other, ids, log-probabilities and attention
+            (words, S)
         """
         search = torch.classes.fairseq_lrn.Translation(native, src_tokens, *arguments)
         while search.advance(_SECONDS):
