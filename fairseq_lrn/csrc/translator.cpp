@@ -217,7 +217,9 @@ Activation parse_activation(const std::string& name) {
 Translator::Translator(const Weights& weights, const TranslatorSettings& settings)
     : activation_fn_(parse_activation(settings.activation_fn)),
       heads_(settings.heads),
-      pad_(settings.pad) {
+      pad_(settings.pad),
+      attention_layer_(settings.attention_layer),
+      attention_heads_(settings.attention_heads) {
   TORCH_CHECK_VALUE(settings.activation == "tanh" || settings.activation == "identity",
                     "Translator: activation must be tanh or identity, got ", settings.activation);
   using Parts = Packer::Parts;
@@ -271,6 +273,11 @@ Translator::Translator(const Weights& weights, const TranslatorSettings& setting
   }
   TORCH_CHECK_VALUE(!encoder_.empty() && !decoder_.empty(),
                     "Translator: weights must have layers of the encoder and of the decoder");
+  TORCH_CHECK_VALUE(0 <= attention_layer_ && attention_layer_ < layers() && 0 < attention_heads_ &&
+                        attention_heads_ <= heads_,
+                    "Translator: attention_layer must be from 0 to ", layers() - 1,
+                    " and attention_heads from 1 to ", heads_, ", got ", attention_layer_, " and ",
+                    attention_heads_);
   decoder_norm_ = packer.norm("decoder.layer_norm", width);
   projection_ = packer.linear({"decoder.output_projection"}, {1, target_.weight.size(0)}, whole, 1,
                               "", -std::numeric_limits<float>::infinity());
@@ -471,8 +478,8 @@ void Share::prepare_step() {
   for (int64_t i = 0; i < sentences; ++i) {
     step_.attention[i] = attention_.data() + attention_begin_[first_row + i * beams];
   }
-  step_.attention_layer = translator_->layers() - 1;
-  step_.attention_heads = translator_->heads();
+  step_.attention_layer = translator_->attention_layer();
+  step_.attention_heads = translator_->attention_heads();
   odd_ = !odd_;
   step_.next = states_[odd_].floats(translator_->layers() * rows * translator_->state_size());
 }
@@ -810,15 +817,13 @@ LRN_LIBRARY(m) {
   m.class_<Translator>("Translator")
       .def(torch::init([](lrn::Weights weights, std::string activation, std::string activation_fn,
                           bool output_gate, int64_t heads, double encoder_scale,
-                          double decoder_scale, int64_t pad) {
-             return c10::make_intrusive<Translator>(
-                 weights, lrn::TranslatorSettings{activation, activation_fn, output_gate, heads,
-                                                  encoder_scale, decoder_scale, pad});
-           }),
-           "",
-           {torch::arg("weights"), torch::arg("activation"), torch::arg("activation_fn"),
-            torch::arg("output_gate"), torch::arg("heads"), torch::arg("encoder_scale"),
-            torch::arg("decoder_scale"), torch::arg("pad")})
+                          double decoder_scale, int64_t pad, int64_t attention_layer,
+                          int64_t attention_heads) {
+        return c10::make_intrusive<Translator>(
+            weights, lrn::TranslatorSettings{activation, activation_fn, output_gate, heads,
+                                             encoder_scale, decoder_scale, pad, attention_layer,
+                                             attention_heads});
+      }))
       .def("encode", [](const intrusive_ptr<Translator>& self,
                         const at::Tensor& src_tokens) { return self->encode(src_tokens); })
       .def("project",

@@ -170,6 +170,7 @@ struct TranslatorSettings {
   int64_t heads;
   double encoder_scale, decoder_scale;  // of the embeddings
   int64_t pad;
+  int64_t attention_layer, attention_heads;  // whose attention hypotheses have, the heads' mean
 };
 
 class Translator : public torch::CustomClassHolder {
@@ -212,7 +213,8 @@ class Translator : public torch::CustomClassHolder {
   const PackedLinear& projection() const { return projection_; }
   int64_t state_size() const { return decoder_cell_.size; }
   int64_t width() const { return decoder_norm_.size; }
-  int64_t heads() const { return heads_; }
+  int64_t attention_layer() const { return attention_layer_; }
+  int64_t attention_heads() const { return attention_heads_; }
 
   std::unique_ptr<Share> take_share() const;
   void give_back(std::unique_ptr<Share> share) const;
@@ -229,7 +231,7 @@ class Translator : public torch::CustomClassHolder {
   void share_out(int64_t count, const F& f) const;
 
   Activation activation_fn_;
-  int64_t heads_, head_, pad_;
+  int64_t heads_, head_, pad_, attention_layer_, attention_heads_;
   Cell encoder_cell_, decoder_cell_;
   Embedding source_, target_;
   std::vector<EncoderLayer> encoder_;

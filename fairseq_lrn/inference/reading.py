@@ -143,9 +143,6 @@ def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     width = model.decoder.embed_tokens.embedding_dim
     if head_dim <= 0 or width % head_dim != 0:
         raise Unknown(f"head_dim, {head_dim}, does not divide the decoder's width, {width}")
-    aligned = (model.decoder.alignment_layer, model.decoder.alignment_heads)
-    if aligned != (model.decoder.num_layers - 1, width // head_dim):
-        raise Unknown("the attention asked for is not that of the last layer and all heads")
     return weights, {
         "activation": _same("activation", [layer.rnn for layer in layers]),
         "activation_fn": _same("activation_fn", [layer.ffn for layer in layers], _activation),
@@ -154,6 +151,8 @@ def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         "encoder_scale": float(model.encoder.embed_scale),
         "decoder_scale": float(model.decoder.embed_scale),
         "pad": model.encoder.padding_idx,
+        "attention_layer": model.decoder.alignment_layer,
+        "attention_heads": min(model.decoder.alignment_heads, width // head_dim),
     }
 
 

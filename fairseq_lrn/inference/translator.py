@@ -114,7 +114,6 @@ class Translator:
         saved = decoder.get_incremental_state(incremental_state, "states")
         if saved is None:
             saved = {"states": None, "keys_values": native.project(encoder_x, padding_mask)}
-        layer = decoder.num_layers - 1 if alignment_layer is None else alignment_layer
         heads = decoder.embed_tokens.embedding_dim // decoder.layers[0].encoder_attn.head_dim
         features, states, attn = native.step(
             prev_output_tokens[:, -1],
@@ -122,8 +121,8 @@ class Translator:
             padding_mask,
             encoder_x.size(0),
             saved["states"],
-            layer,
-            heads if alignment_heads is None else min(alignment_heads, heads),
+            decoder.alignment_layer if alignment_layer is None else alignment_layer,
+            min(heads, decoder.alignment_heads if alignment_heads is None else alignment_heads),
         )
         decoder.set_incremental_state(
             incremental_state, "states", {"states": states, "keys_values": saved["keys_values"]}

@@ -201,6 +201,7 @@ def test_every_architecture_translates_natively(name):
         {"activation_fn": "linear"},
         {"no_scale_embedding": True, "activation_fn": "gelu", "cell": "olrn", "cell_activation": "tanh"},
         {"encoder_embed_dim": 20, "decoder_embed_dim": 9, "decoder_attention_heads": 3},
+        {"alignment_layer": 0, "alignment_heads": 1},
     ],
     ids=str,
 )
@@ -394,6 +395,8 @@ def test_wrong_weights():
     refuse("activation must be tanh or identity", activation="relu")
     refuse("heads must divide the width, 16, got 3", heads=3)
     refuse("heads must divide the width, 16, got 0", heads=0)
+    refuse("attention_layer must be from 0 to 1", attention_layer=2)
+    refuse("attention_heads from 1 to 2", attention_heads=0)
     refuse("decoder.layers.0.rnn.weight_ih_l0 must have shape|encoder.layers.0", output_gate=True)
     for missing in weights:
         if "bias" not in missing or "norm" in missing:
