@@ -139,10 +139,10 @@ def test_learning_from_the_text_lowers_its_perplexity(evaluate):
 
 
 @pytest.mark.parametrize("update", ["sgd", "rms"])
-def test_a_model_that_diverges_is_an_error(run, recipe, done, update):
+def test_a_model_that_diverges_is_an_error(run, recipe, update):
     out = run(
         EXAMPLE / "dynamic_eval.py", recipe.work / "bin", "--user-dir", ROOT / "fairseq_lrn", "--cpu",
-        "--path", recipe.work / "lrn/checkpoint_best.pt", "--gen-subset", "test", "--update", update,
+        "--path", recipe.work / "runs/lrn/checkpoint_best.pt", "--gen-subset", "test", "--update", update,
         "--learning-rate", 1e9, "--tokens-per-sample", 100, "--batch-size", 20, check=False,
     )  # fmt: skip
     assert re.fullmatch(r"the loss of a word in block \d+ is \S+: the model diverged", out.splitlines()[-1])
