@@ -173,7 +173,7 @@ class SQuAD(Recipe):
             rows = [re.search(rf"valid on '{split}' subset \|(.*)", log)[1] for split in splits]
             return [re.search(rf" {metric} ([\d.]+)", row)[1] for row in rows for metric in ("em", "f1")]
 
-        scores = self.scores(f"{run.folder}/scores", inputs, [validate, predict], found)
+        scores = self.scores(f"{run.folder}/exact_match", inputs, [validate, predict], found)
         return scores and [run.name, self.parameters(run), *scores, self.seconds(run)]
 
 

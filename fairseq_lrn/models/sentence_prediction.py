@@ -34,7 +34,7 @@ class SentencePredictionModel(NoTorchScript, ModelWithHeads):
                 f"--char-embed-dim is {cfg.char_embed_dim}, but must be 0: the task sentence_prediction has "
                 "words only"
             )
-        self.cfg = cfg
+        self.cfg = self.args = cfg  # fairseq 0.12.2's criterion looks at args
         self.encoder = WordEncoder(cfg, dictionary)
         self.classification_heads = nn.ModuleDict()
 

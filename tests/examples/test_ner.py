@@ -61,21 +61,22 @@ def test_every_short_sequence_keeps_its_entities():
 
 @pytest.mark.parametrize("prefixes", ["BIES", "BILU"])
 def test_other_schemes_are_read_right_or_refused(prefixes):
-    """Of all sequences of up to four tags, those of well-formed entities come out as IOBES, and no others."""
+    """Of all sequences of up to three tags, those of well-formed entities come out as IOBES, and no others."""
     ends = dict(zip(prefixes, "BIES"))
     kinds = ["O", *(f"{prefix}-{kind}" for prefix in prefixes for kind in ("PER", "LOC"))]
     read = 0
-    for length in range(1, 5):
+    for length in range(1, 4):
         right = set()
-        for entities in itertools.chain.from_iterable(
-            itertools.product([1, 2, 3, 4, 0], ["PER", "LOC"], repeat=count) for count in range(1, length + 1)
-        ):
-            tags = []
-            for size, kind in zip(entities[::2], entities[1::2]):
-                inner = [prefixes[0], *prefixes[1] * (size - 2), prefixes[2]] if size > 1 else [prefixes[3]]
-                tags += [f"{prefix}-{kind}" for prefix in inner] if size else ["O"]
-            if len(tags) == length:
-                right.add(tuple(tags))
+        for count in range(1, length + 1):
+            for entities in itertools.product([1, 2, 3, 0], ["PER", "LOC"], repeat=count):
+                tags = []
+                for size, kind in zip(entities[::2], entities[1::2]):
+                    inner = [prefixes[3]]
+                    if size > 1:
+                        inner = [prefixes[0], *prefixes[1] * (size - 2), prefixes[2]]
+                    tags += [f"{prefix}-{kind}" for prefix in inner] if size else ["O"]
+                if len(tags) == length:
+                    right.add(tuple(tags))
         for tags in itertools.product(kinds, repeat=length):
             try:
                 found = to_iobes(tags, prefixes)
@@ -85,7 +86,7 @@ def test_other_schemes_are_read_right_or_refused(prefixes):
                 assert tags in right
                 assert found == [tag if tag == "O" else ends[tag[0]] + tag[1:] for tag in tags]
                 read += 1
-    assert read > 100
+    assert read > 50
 
 
 @pytest.mark.parametrize(
