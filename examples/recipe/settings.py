@@ -116,7 +116,7 @@ def resolve(settings: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
             ARCH_CONFIG_REGISTRY.get(name, lambda _: None)(namespace)
             if node is None:
                 _set_legacy_defaults(namespace, model)
-                # fairseq's lstm looks for the criterion among its own options, and fairseq 0.12.2 for the other
+                # fairseq's lstm looks for the criterion among its own options, fairseq 0.12.2 for the other
                 for option, value in (("criterion", settings["criterion"]["_name"]), ("base_layers", 0)):
                     vars(namespace).setdefault(option, value)
             values = vars(namespace)

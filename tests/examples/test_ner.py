@@ -61,7 +61,7 @@ def test_every_short_sequence_keeps_its_entities():
 
 @pytest.mark.parametrize("prefixes", ["BIES", "BILU"])
 def test_other_schemes_are_read_right_or_refused(prefixes):
-    """Of all sequences of up to three tags, those of well-formed entities come out as IOBES, and no others."""
+    """Of all sequences of up to three tags, only those of well-formed entities come out, as IOBES."""
     ends = dict(zip(prefixes, "BIES"))
     kinds = ["O", *(f"{prefix}-{kind}" for prefix in prefixes for kind in ("PER", "LOC"))]
     read = 0
