@@ -3,7 +3,7 @@
 from typing import Any, Sequence
 
 import torch
-from torch.utils.flop_counter import register_flop_formula
+from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from ._library import loaded
 
@@ -35,4 +35,6 @@ if loaded:
         ("lrn_scan", lrn_scan_flop),
         ("lrn_scan_backward", lrn_scan_backward_flop),
     ):
-        register_flop_formula(getattr(torch.ops.fairseq_lrn, _name))(_formula)
+        _operator = getattr(torch.ops.fairseq_lrn, _name)
+        if _operator not in flop_registry:  # this package may be imported by two names
+            register_flop_formula(_operator)(_formula)
