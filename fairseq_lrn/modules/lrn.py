@@ -255,16 +255,28 @@ class LRN(nn.Module):
             raise ValueError("padding_mask must be None with a PackedSequence, which knows its lengths")
         if data.dim() != 2:
             raise ValueError(f"input must have 2 axes in a PackedSequence, got {data.dim()}")
-        longest_first = batch_sizes.numel() > 0 and not (batch_sizes[1:] > batch_sizes[:-1]).any()
+        longest_first = (
+            batch_sizes.dim() == 1
+            and batch_sizes.numel() > 0
+            and not (batch_sizes[1:] > batch_sizes[:-1]).any()
+        )
         if not longest_first or batch_sizes[-1] < 1 or int(batch_sizes.sum()) != len(data):
             raise ValueError(
                 "input must have positive batch_sizes, none greater than the one before, that add up to its "
                 f"{len(data)} rows of data in a PackedSequence, got {batch_sizes.tolist()}"
             )
-        self._check(data, hx, [self._states(), int(batch_sizes[0]), self.hidden_size])
+        batch = int(batch_sizes[0])
+        for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
+            on_cpu = indices is not None and indices.device.type == "cpu"  # elsewhere to look is to wait
+            if on_cpu and sorted(indices.tolist()) != list(range(batch)):
+                raise ValueError(
+                    f"input must have {name} with each number from 0 to {batch - 1} once in a "
+                    f"PackedSequence, got {indices.tolist()}"
+                )
+        self._check(data, hx, [self._states(), batch, self.hidden_size])
         if hx is not None and sorted_indices is not None:
             hx = hx.index_select(1, sorted_indices)
-        valid = torch.arange(int(batch_sizes[0]), device="cpu") < batch_sizes.unsqueeze(1)
+        valid = torch.arange(batch, device="cpu") < batch_sizes.unsqueeze(1)
         rows = valid.flatten().nonzero().squeeze(1).to(data.device)
         output, h_n = self._run(data, hx, valid.t().logical_not().to(data.device), rows)
         if unsorted_indices is not None:

@@ -30,10 +30,9 @@ def lrn_scan_backward_flop(grad_output: Sequence[int], *args: Any, **kwargs: Any
 
 
 if loaded:  # register_flop_formula of PyTorch 2.4 takes no operators but PyTorch's own
-    flop_registry.update(
-        {
-            torch.ops.fairseq_lrn.linear: shape_wrapper(linear_flop),
-            torch.ops.fairseq_lrn.lrn_scan: shape_wrapper(lrn_scan_flop),
-            torch.ops.fairseq_lrn.lrn_scan_backward: shape_wrapper(lrn_scan_backward_flop),
-        }
-    )
+    for _operator, _formula in (
+        (torch.ops.fairseq_lrn.linear, linear_flop),
+        (torch.ops.fairseq_lrn.lrn_scan, lrn_scan_flop),
+        (torch.ops.fairseq_lrn.lrn_scan_backward, lrn_scan_backward_flop),
+    ):
+        flop_registry.setdefault(_operator, shape_wrapper(_formula))

@@ -148,7 +148,7 @@ def test_types_of_arguments(monkeypatch, tmp_path, read, text, message):
             ["--sizes", '{"height": 3}'],
             'argument --sizes: {"height": 3} must be an object of width',
         ),
-        ("decoding.py", [".", "run"], "run: no run/checkpoint_best.pt"),
+        ("decoding.py", [".", "run"], "run: no runs/run/checkpoint_best.pt"),
     ],
 )
 def test_wrong_arguments_are_refused_before_measuring(benchmark, script, options, message):

@@ -750,8 +750,24 @@ def test_scripted_messages_name_dtypes():
             rnn(*arguments)
 
 
-@pytest.mark.parametrize("sizes", [[2, 2, 2], [1, 2, 2], [3, 1], [2, 2, 1, 0], [], [5, 1, -1]], ids=str)
+@pytest.mark.parametrize(
+    "sizes", [[2, 2, 2], [1, 2, 2], [3, 1], [2, 2, 1, 0], [], [5, 1, -1], [[3, 2]]], ids=str
+)
 def test_malformed_packed_sequence(sizes):
     packed = PackedSequence(torch.zeros(5, SIZE), torch.tensor(sizes, dtype=torch.int64))
     with pytest.raises(ValueError, match="input must have positive batch_sizes"):
+        LRN(SIZE, HIDDEN)(packed)
+
+
+@pytest.mark.parametrize("name", ["sorted_indices", "unsorted_indices"])
+@pytest.mark.parametrize("indices", [[0, 1, 9], [0, 1], [1, 1, 2], [-1, 0, 1]], ids=str)
+def test_packed_sequence_of_another_order(name, indices):
+    """PyTorch's constructor checks none of the two."""
+    order = {
+        "sorted_indices": torch.arange(3),
+        "unsorted_indices": torch.arange(3),
+        name: torch.tensor(indices),
+    }
+    packed = PackedSequence(torch.zeros(5, SIZE), torch.tensor([3, 2]), **order)
+    with pytest.raises(ValueError, match=f"input must have {name} with each number from 0 to 2 once"):
         LRN(SIZE, HIDDEN)(packed)

@@ -267,6 +267,10 @@ print(lrn_scan(torch.zeros(2, 1, 3)).shape)
     assert status == 1
     assert said.splitlines()[-1].startswith(f"ImportError: {library} cannot be loaded, because another copy")
     assert run_program(package, library) == (0, "")
+    # as fairseq imports a --user-dir that is a link of another name
+    (tmp_path / "another").symlink_to(PACKAGE)
+    twice = "import sys, fairseq_lrn.ops\nsys.path.append(sys.argv[1])\nimport another.ops"
+    assert run_program(twice, tmp_path) == (0, "")
 
 
 def test_instruction_set():
