@@ -36,7 +36,12 @@ class CellConfig(FairseqDataclass):
     cell: ChoiceEnum(CELLS) = field(
         default="lrn", metadata={"help": "recurrent unit; olrn is lrn with an output gate"}
     )
-    cell_activation: Activation = field(default="tanh", metadata={"help": "activation g of lrn and olrn"})
+    cell_activation: Activation = field(
+        default="tanh",
+        metadata={
+            "help": "activation g of lrn and olrn (tanh, as in the authors' models for all tasks but translation)"
+        },
+    )
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})
 
     @classmethod

@@ -101,8 +101,8 @@ def test_a_dry_run_prints_the_commands_and_changes_nothing(sst2, fresh):
         ),
         ("common.seed=2", "common.seed became 2 (it was 1)"),
         (
-            "min_count=13",
-            "has runs (lrn) that were trained before min_count became 13 (it was 1): choose another --work",
+            "min_count=50",
+            "has runs (lrn) that were trained before min_count became 50 (it was 1): choose another --work",
         ),
         ("optimization.max_epoch=9", "optimization.max_epoch became 9 (it was 2)"),
     ],
