@@ -17,7 +17,7 @@ class EncoderDecoderConfig(CellConfig):
     cell_activation: Optional[Activation] = field(
         default=None,
         metadata={
-            "help": "activation g of lrn and olrn (default: identity, as in the authors' models for translation)"
+            "help": "activation g of lrn and olrn (default: identity, as in the authors' translation models)"
         },
     )
     encoder_embed_path: Optional[str] = field(

@@ -267,8 +267,9 @@ class LRN(nn.Module):
             )
         batch = int(batch_sizes[0])
         for name, indices in (("sorted_indices", sorted_indices), ("unsorted_indices", unsorted_indices)):
-            on_cpu = indices is not None and indices.device.type == "cpu"  # elsewhere to look is to wait
-            if on_cpu and sorted(indices.tolist()) != list(range(batch)):
+            if indices is None or indices.device.type != "cpu":  # elsewhere to look is to wait
+                continue
+            if sorted(indices.tolist()) != list(range(batch)):
                 raise ValueError(
                     f"input must have {name} with each number from 0 to {batch - 1} once in a "
                     f"PackedSequence, got {indices.tolist()}"
