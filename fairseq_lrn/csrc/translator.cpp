@@ -820,9 +820,9 @@ LRN_LIBRARY(m) {
                           double decoder_scale, int64_t pad, int64_t attention_layer,
                           int64_t attention_heads) {
         return c10::make_intrusive<Translator>(
-            weights, lrn::TranslatorSettings{activation, activation_fn, output_gate, heads,
-                                             encoder_scale, decoder_scale, pad, attention_layer,
-                                             attention_heads});
+            weights,
+            lrn::TranslatorSettings{activation, activation_fn, output_gate, heads, encoder_scale,
+                                    decoder_scale, pad, attention_layer, attention_heads});
       }))
       .def("encode", [](const intrusive_ptr<Translator>& self,
                         const at::Tensor& src_tokens) { return self->encode(src_tokens); })
