@@ -43,7 +43,7 @@ def program(name: str) -> str:
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
-        raise Refused(f"there is no command {name}: pip install {name.split('-')[0]}")
+        raise Refused(f"there is no command {name} on the path or beside {sys.executable}: install it")
     return name if shutil.which(name) == found else found
 
 

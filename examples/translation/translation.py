@@ -143,7 +143,12 @@ class Translation(Recipe):
             raise Refused(f"vocab_size is {vocab_size}, but must be {bound} for this text") from error
         processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
         for split in SPLITS:
-            self.write(part / "subwords", split, self.cut(split, processor))
+            kept = self.write(part / "subwords", split, self.cut(split, processor))
+            total = sum(1 for _ in self.written("text", split, self.languages[0]))
+            if kept < total:
+                say(
+                    f"   {split}: {total - kept} of {total} are left out, being empty, too long or too uneven"
+                )
         (part / "subwords/spm.model").write_bytes(model.getvalue())
 
     def cut(self, split: str, processor: Any) -> Iterator[Tuple[str, str]]:
