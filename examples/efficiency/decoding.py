@@ -3,10 +3,12 @@
     python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
 
 WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
-translate with another task than `translation`. The runs take turns; each measurement is a process of its own.
+translate with another task than `translation`. RUN:ctranslate2 and RUN:ctranslate2-int8 translate a
+Transformer with CTranslate2, if that is installed. The runs take turns; each measurement is its own process.
 """
 
 import argparse
+import importlib.util
 import json
 import logging
 import os
@@ -27,6 +29,8 @@ from units import KEEP_MEMORY
 
 import fairseq_lrn
 
+PEER = "ctranslate2"
+PEER_SCRIPT = Path(__file__).with_name("ctranslate2_generate.py")
 Key = Tuple[int, int, int, str]  # threads, beam, batch size, run
 
 
@@ -63,13 +67,21 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     """
     checkpoint, path, source, target = find(work, run)
     task = run.partition(":")[2]
-    words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
-    words += ["--user-dir", Path(fairseq_lrn.__file__).parent, "--task", task or "translation"]
-    words += ["-s", source, "-t", target, "--path", checkpoint, "--beam", beam, "--batch-size", batch_size]
-    words += ["--required-batch-size-multiple", 1, "--remove-bpe", "sentencepiece"]
-    words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores
-    if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
-        words += ["--distributed-world-size", 8]
+    if task.startswith(PEER):
+        compute_type = task.partition("-")[2] or "float32"
+        words = [sys.executable, PEER_SCRIPT, work / "bin", checkpoint, source, target, "--threads", threads]
+        words += ["--compute-type", compute_type, "--every", 8 if batch_size == 1 else 1]
+        command = PEER_SCRIPT.name
+    else:
+        command = "fairseq-generate"
+        words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
+        words += ["--user-dir", Path(fairseq_lrn.__file__).parent, "--task", task or "translation"]
+        words += ["-s", source, "-t", target, "--path", checkpoint, "--remove-bpe", "sentencepiece"]
+        words += ["--required-batch-size-multiple", 1]
+        words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores
+        if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
+            words += ["--distributed-world-size", 8]
+    words += ["--beam", beam, "--batch-size", batch_size]
     environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         process = subprocess.Popen([str(word) for word in words], stdout=out, stderr=err, env=environment)
@@ -80,7 +92,7 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     # the log is on either, as fairseq's version has it
     speed = re.search(r"([\d.]+) sentences/s", messages + output)
     if status != 0 or speed is None:
-        sys.exit(f"{run}: fairseq-generate failed:\n{(output + messages)[-2000:]}")
+        sys.exit(f"{run}: {command} failed:\n{(output + messages)[-2000:]}")
 
     lines = (line[2:].split("\t", 2) for line in output.split("\n") if line.startswith("D-"))
     translations = {int(number): text for number, _, text in lines}
@@ -163,6 +175,11 @@ def main() -> None:
     parser.add_argument("--json", type=output, help="file for every measurement")
     parser.add_argument("--plot", type=picture, help="file for a picture of BLEU against speed")
     args = parser.parse_args()
+    if importlib.util.find_spec(PEER) is None:
+        left = [run for run in args.runs if run.partition(":")[2].startswith(PEER)]
+        if left:
+            print(f"{', '.join(left)} left out: pip install ctranslate2 pyyaml", file=sys.stderr)
+        args.runs = [run for run in args.runs if run not in left]
     for run in args.runs:
         find(args.work, run)
 

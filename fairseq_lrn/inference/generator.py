@@ -42,7 +42,6 @@ class BeamSearchGenerator(SequenceGenerator):
         plain = (
             loaded
             and self.model.models_size == 1
-            and _is_unchanged(self.model.single_model)
             and type(self.search) is BeamSearch
             and self.beam_size <= self.vocab_size - 2
             and constraints is None
@@ -51,7 +50,8 @@ class BeamSearchGenerator(SequenceGenerator):
             and self.token_indices_to_suppress is None
             and not self.match_source_len
         )
-        if not plain:
+        native = self.translator.native() if plain and not torch._C._is_any_autocast_enabled() else None
+        if native is None and not (plain and _is_unchanged(self.model.single_model)):
             return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
         src_tokens = sample["net_input"]["src_tokens"]
         max_len = min(int(self.max_len_a * src_tokens.size(1) + self.max_len_b), self.max_len - 1)
@@ -70,7 +70,6 @@ class BeamSearchGenerator(SequenceGenerator):
             self.normalize_scores,
             prefix_tokens,
         )
-        native = None if torch._C._is_any_autocast_enabled() else self.translator.native()
         if native is None:
             found = self._search(sample["net_input"], options)
         else:
