@@ -67,6 +67,7 @@ float* Buffer::floats(int64_t size) {
   if (size > size_) {
     ::operator delete(data_, std::align_val_t(kHugePage));
     data_ = nullptr;
+    size_ = 0;
     const int64_t bytes = round_up(size * sizeof(float) * 5 / 4, 64);
     data_ = static_cast<float*>(::operator new(bytes, std::align_val_t(kHugePage)));
     size_ = bytes / static_cast<int64_t>(sizeof(float));

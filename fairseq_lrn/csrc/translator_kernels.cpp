@@ -558,7 +558,9 @@ void attend(const Attention& attention, const Memory& memory, Rows query, int64_
   LRN_PICK(attend, )(attention, memory, query, rows, output, weights);
 }
 
-int64_t best_words_floats(int64_t width) { return 48 + 2 * round_up(width, kPad); }
+int64_t best_words_floats(int64_t width) {
+  return 48 + 2 * round_up(std::max<int64_t>(width, 1), kPad);
+}
 
 void best_words(const PackedLinear& projection, Rows features, int64_t rows,
                 const WordChoice& choice, float* buffer, float* log_probs, int64_t* words) {
