@@ -149,3 +149,17 @@ def assert_trains_the_same(run, work, name, folder, *options):
     for group in there["cfg"]:
         if there["cfg"][group] is not None:
             assert {**there["cfg"][group], **OWN} == {**here["cfg"][group], **OWN}, group
+
+
+def assert_translates_natively(work, checkpoint):
+    """The native translator knows the model of a translation recipe, which asks for it."""
+    from fairseq.checkpoint_utils import load_model_ensemble
+
+    from fairseq_lrn.inference import Translator
+
+    (model,), _ = load_model_ensemble([str(work / checkpoint)], {"data": str(work / "bin")})
+    translator = Translator(model.eval())
+    assert translator.native() is not None, translator.reason
+    name = checkpoint.replace("/checkpoint_", "/translate.").replace("/", ".").replace(".pt", ".log")
+    log = (work / "logs" / name).read_text("utf-8")
+    assert "'lrn_translation'" in log and "PyTorch's modules" not in log

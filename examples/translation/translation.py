@@ -209,7 +209,7 @@ class Translation(Recipe):
 
     def search(self, run: Run) -> List[Any]:
         """Return the options of translating, but for the checkpoint and the batches."""
-        words: List[Any] = ["--user-dir", package(), "--task", "translation", "-s", self.languages[0]]
+        words: List[Any] = ["--user-dir", package(), "--task", "lrn_translation", "-s", self.languages[0]]
         words += ["-t", self.languages[1]]
         for option, value in run.settings["generation"].items():
             if value is not None and value is not False:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from recipes import ROOT, Recipe, lines, table, write
+from recipes import ROOT, Recipe, assert_translates_natively, lines, table, write
 from sacrebleu import corpus_bleu
 
 SHORT = """vocab_size=100 average=0 optimization.max_update=1 model.encoder_layers=1 model.decoder_layers=1
@@ -67,6 +67,10 @@ def test_bleu_and_its_signature(recipe):
     tokenizer = "ja-mecab" if "tok:ja-mecab" in recipe.output else "char"
     assert f"lrn_tiny: BLEU|nrefs:1|case:mixed|eff:no|tok:{tokenizer}" in recipe.output
     assert float(row[2]) == pytest.approx(corpus_bleu(found, [right], tokenize=tokenizer).score, abs=0.051)
+
+
+def test_it_translates_natively(recipe):
+    assert_translates_natively(recipe.work, "runs/lrn_tiny/checkpoint_best.pt")
 
 
 def test_the_command_that_translates(recipe):

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import Recipe, assert_trains_the_same, lines, table, times, write
+from recipes import Recipe, assert_trains_the_same, assert_translates_natively, lines, table, times, write
 
 SIZES = {"train": 90, "val": 10, "test_2016_flickr": 11}  # 8 divides no count of results
 SHORT = "dataset.max_tokens=20000 generation.max_len_b=20 vocab_size=100 average=0".split()
@@ -90,6 +90,10 @@ def test_as_many_translations_as_sentences(recipe):
 def test_it_trains_as_fairseq_train_does(run, recipe, tmp_path):
     options = "--max-update 3 --max-tokens 20000 --encoder-layers 1 --decoder-layers 1".split()
     assert_trains_the_same(run, recipe.work, "lrn_tiny", tmp_path, *options)
+
+
+def test_it_translates_natively(recipe):
+    assert_translates_natively(recipe.work, "runs/lrn_tiny/checkpoint_average2.pt")
 
 
 def test_a_second_run_repeats_the_table_only(recipe):
@@ -295,6 +299,10 @@ def test_a_published_recipe_trains_as_fairseq_train_does(run, published, tmp_pat
     if published.name == "wmt14":
         options += "--encoder-ffn-embed-dim 8 --update-freq 1".split()
     assert_trains_the_same(run, published.work, "run", tmp_path, *options)
+
+
+def test_a_published_recipe_translates_natively(published):
+    assert_translates_natively(published.work, "runs/run/checkpoint_best.pt")
 
 
 def test_deepnmt_shares_the_decoders_embeddings_only(published):
