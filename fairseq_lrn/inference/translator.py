@@ -65,7 +65,7 @@ class Translator:
             if not loaded:
                 raise Unknown("the compiled operators are missing")
             weights, settings = read(self._model)
-            self._native = torch.classes.fairseq_lrn.Translator(weights, *settings.values())
+            self._native = torch.classes.fairseq_lrn.Translator(weights, *settings.values(), "float32")
         except (Unknown, ValueError) as error:
             self._native, reason = None, str(error)
         if reason is not None and reason != self.reason:
