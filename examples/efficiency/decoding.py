@@ -3,8 +3,8 @@
     python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
 
 WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
-translate with another task than `translation`. RUN:ctranslate2 and RUN:ctranslate2-int8 translate a
-Transformer with CTranslate2, if that is installed. The runs take turns; each measurement is its own process.
+translate with another task than `translation`; RUN:lrn_translation-int8 and -bfloat16 with that compute type.
+RUN:ctranslate2 and RUN:ctranslate2-int8 translate a Transformer with CTranslate2, if that is installed. The runs take turns; each measurement is its own process.
 """
 
 import argparse
@@ -66,16 +66,16 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
         SystemExit: something is missing, or fairseq-generate fails
     """
     checkpoint, path, source, target = find(work, run)
-    task = run.partition(":")[2]
-    if task.startswith(PEER):
-        compute_type = task.partition("-")[2] or "float32"
+    task, _, compute_type = run.partition(":")[2].partition("-")
+    if task == PEER:
         words = [sys.executable, PEER_SCRIPT, work / "bin", checkpoint, source, target, "--threads", threads]
-        words += ["--compute-type", compute_type, "--every", 8 if batch_size == 1 else 1]
+        words += ["--compute-type", compute_type or "float32", "--every", 8 if batch_size == 1 else 1]
         command = PEER_SCRIPT.name
     else:
         command = "fairseq-generate"
         words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
         words += ["--user-dir", Path(fairseq_lrn.__file__).parent, "--task", task or "translation"]
+        words += ["--compute-type", compute_type] * bool(compute_type)
         words += ["-s", source, "-t", target, "--path", checkpoint, "--remove-bpe", "sentencepiece"]
         words += ["--required-batch-size-multiple", 1]
         words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores

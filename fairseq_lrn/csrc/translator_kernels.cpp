@@ -45,34 +45,36 @@ LRN_HD Ints<kLanes> dot_shorts(const Shorts<kLanes>& a, const Shorts<kLanes>& b)
 #endif
 }
 
+// Adds the products of 32 bits of a row and of weights.
 template <Dot kDot, int kLanes>
-LRN_HD void dot(Sums<kDot, kLanes>& sums, const Floats<kLanes>& weights, float row) {
-  typedef Ints<kLanes> I;
+LRN_HD Sums<kDot, kLanes> dot(const Sums<kDot, kLanes>& old, const Floats<kLanes>& weights,
+                              float row) {
+  typedef Floats<kLanes> V;
   typedef Shorts<kLanes> S;
   if constexpr (kDot == Dot::kFloat32) {
-    sums += weights * row;
-    return;
-  }
-  const I w = as<I>(weights), x = I{} + as<int32_t>(row);
-  if constexpr (kDot == Dot::kBfloat16Widened) {
-    typedef Floats<kLanes> V;
-    sums += as<V>(w << 16) * as<V>(x << 16);
-    sums += as<V>(w & -65536) * as<V>(x & -65536);
-  } else if constexpr (kDot == Dot::kInt8Widened) {
-    const S even = (as<S>(w) << 8) >> 8, odd = as<S>(w) >> 8;
-    const S signed_x = as<S>(x ^ static_cast<int32_t>(0x80808080));
-    sums += dot_shorts<kLanes>(even, (signed_x << 8) >> 8);
-    sums += dot_shorts<kLanes>(odd, signed_x >> 8);
-  }
-#if defined(__x86_64__)  // GCC keeps sums of its own functions for these in memory
-  else if constexpr (kDot == Dot::kBfloat16) {
-    asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
-  } else if constexpr (kLanes == 16) {
-    asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    return old + weights * row;
   } else {
-    asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
-  }
+    Sums<kDot, kLanes> sums = old;
+    const auto w = as<Ints<kLanes>>(weights), x = Ints<kLanes>{} + as<int32_t>(row);
+    if constexpr (kDot == Dot::kBfloat16Widened) {
+      sums += as<V>(w << 16) * as<V>(x << 16);
+      sums += as<V>(w & -65536) * as<V>(x & -65536);
+    } else if constexpr (kDot == Dot::kInt8Widened) {
+      const S even = (as<S>(w) << 8) >> 8, odd = as<S>(w) >> 8;
+      const S signed_x = as<S>(x ^ static_cast<int32_t>(0x80808080));
+      sums += dot_shorts<kLanes>(even, (signed_x << 8) >> 8) + dot_shorts<kLanes>(odd, signed_x >> 8);
+    }
+#if defined(__x86_64__)  // GCC keeps the sums of its own functions for these in memory
+    if constexpr (kDot == Dot::kBfloat16) {
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    } else if constexpr (kDot == Dot::kInt8 && kLanes == 16) {
+      asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    } else if constexpr (kDot == Dot::kInt8) {
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
+    }
 #endif
+    return sums;
+  }
 }
 
 // kRows rows meet kTileVectors vectors of outputs.
@@ -108,7 +110,7 @@ LRN_HD void tile(const PackedLinear& layer, const float* weights, int64_t output
       const float value = x[r][k];
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) {
-        dot<kDot, kLanes>(sums[r][c], w[c], value);
+        sums[r][c] = dot<kDot, kLanes>(sums[r][c], w[c], value);
       }
     }
   }
