@@ -81,6 +81,22 @@ LRN_HD auto maximum(const V& v) {
   }
 }
 
+// Writes the lowest byte of each lane.
+template <int kLanes>
+LRN_HD void store_bytes(void* to, const Ints<kLanes>& v) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+#if defined(__x86_64__)
+  if constexpr (kLanes == 16) {
+    asm("vpmovdb %1, %0" : "=v"(bytes) : "v"(v));
+  } else
+#endif
+  {
+    bytes = __builtin_convertvector(v, Bytes);
+  }
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+
 // Lets no compiler make one operation, which rounds once, of a product and a sum.
 template <typename V>
 LRN_HD void round_here(V& v) {

@@ -220,7 +220,6 @@ LRN_HD void to_bfloat16(const float* x, int64_t size, float* y) {
 // Nearest multiple of the largest value's 127th part, ties to even. The scale is NaN if a value is.
 template <int kLanes>
 LRN_HD void to_int8(const float* x, int64_t size, float* y) {
-  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
   typedef Ints<kLanes> I;
   I largest{};  // as integers, since NaN is the largest of all then
   for (int64_t i = 0; i < size; i += kLanes) {
@@ -231,8 +230,7 @@ LRN_HD void to_int8(const float* x, int64_t size, float* y) {
     Floats<kLanes> v = load<kLanes>(x + i) * inverse;
     round_here(v);
     v += 12582912.0f + 128;  // 1.5 * 2^23 rounds to an integer in the low bits
-    const Bytes bytes = __builtin_convertvector(as<I>(v), Bytes);
-    std::memcpy(y + i / 4, &bytes, sizeof(bytes));
+    store_bytes<kLanes>(y + i / 4, as<I>(v));
   }
   y[size / 4] = most / 127;
 }
