@@ -161,7 +161,7 @@ Tensor flat(const Tensor& x) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
 #if defined(LRN_AVX512)
   const int64_t rows = input.size(0);
-  if (lrn::isa() == lrn::Isa::kAvx512 && input.scalar_type() == at::kFloat && rows > 0 &&
+  if (lrn::isa() >= lrn::Isa::kAvx512 && input.scalar_type() == at::kFloat && rows > 0 &&
       weight.numel() > 0) {
     if (rows <= kFewRows) {
       return few_rows(input, weight, bias, rows);

@@ -101,7 +101,7 @@ struct DecoderStep {
 
 // Buffers of one thread.
 struct Scratch {
-  Buffer x, normed, wide, narrow, attention;
+  Buffer x, normed, wide, narrow, attention, units;
   std::vector<const float*> states;
   std::vector<float> zeros;
 };
@@ -171,6 +171,7 @@ struct TranslatorSettings {
   double encoder_scale, decoder_scale;  // of the embeddings
   int64_t pad;
   int64_t attention_layer, attention_heads;  // whose attention hypotheses have, the heads' mean
+  std::string compute_type;                  // of the products
 };
 
 class Translator : public torch::CustomClassHolder {
@@ -210,6 +211,9 @@ class Translator : public torch::CustomClassHolder {
   void decode(const DecoderStep& step, int64_t begin, int64_t end, Rows features,
               Scratch& scratch) const;
 
+  // Rows of a product's features in its type: x itself, or in the scratch's units.
+  Rows convert(Rows x, int64_t rows, int64_t size, Scratch& scratch) const;
+
   const PackedLinear& projection() const { return projection_; }
   int64_t state_size() const { return decoder_cell_.size; }
   int64_t width() const { return decoder_norm_.size; }
@@ -230,6 +234,7 @@ class Translator : public torch::CustomClassHolder {
   template <typename F>
   void share_out(int64_t count, const F& f) const;
 
+  ComputeType compute_type_;
   Activation activation_fn_;
   int64_t heads_, head_, pad_, attention_layer_, attention_heads_;
   Cell encoder_cell_, decoder_cell_;

@@ -27,9 +27,15 @@ class BeamSearchGenerator(SequenceGenerator):
     fairseq's own search.
     """
 
-    def __init__(self, models, tgt_dict, **kwargs):
-        """Take the arguments of fairseq's generator."""
+    def __init__(self, models, tgt_dict, compute_type="float32", **kwargs):
+        """Take the arguments of fairseq's generator, and one of the translator's.
+
+        Args:
+            compute_type: see :class:`Translator`; translating raises ValueError where it is not float32 and
+                the translator does not make the steps
+        """
         super().__init__(models, tgt_dict, **kwargs)
+        self.compute_type = compute_type
         self.translator = Translator.of(self.model.single_model)
 
     def _generate(
@@ -50,7 +56,15 @@ class BeamSearchGenerator(SequenceGenerator):
             and self.token_indices_to_suppress is None
             and not self.match_source_len
         )
-        native = self.translator.native() if plain and not torch._C._is_any_autocast_enabled() else None
+        autocast = torch._C._is_any_autocast_enabled()
+        native = self.translator.native(self.compute_type) if plain and not autocast else None
+        if native is None and self.compute_type != "float32":
+            why = "this is no plain beam search with one model"
+            if plain:
+                why = "autocast is on" if autocast else self.translator.reason
+            raise ValueError(
+                f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules translate: {why}"
+            )
         if native is None and not (plain and _is_unchanged(self.model.single_model)):
             return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
         src_tokens = sample["net_input"]["src_tokens"]

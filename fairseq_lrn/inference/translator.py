@@ -12,6 +12,7 @@ from ..ops._library import loaded
 from .reading import Snapshot, Unknown, read
 
 logger = logging.getLogger(__name__)
+COMPUTE_TYPES = ["float32", "bfloat16", "int8"]
 _SECONDS = 0.2  # after which Python may handle a signal
 
 
@@ -22,14 +23,20 @@ class Translator:
     were replaced since, after the model's ``train()``, ``eval()`` and ``load_state_dict()``, and after
     :meth:`refresh`. A model that is not exactly known translates with its own modules; the log says why.
 
+    Products with weights are computed in one of the :data:`COMPUTE_TYPES`, all else in float32:
+
+    - ``float32``, as the model computes them
+    - ``bfloat16``: weights and features are rounded to it, and sums are float32
+    - ``int8``: each row of weights and each row of features is divided by the 127th part of its largest
+      absolute value and rounded to integers, whose products are added exactly
+
     Args:
         model: any fairseq model
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._snapshot: Optional[Snapshot] = None
-        self._native: Any = None
+        self._packed: Optional[Tuple[Snapshot, Dict[str, Any]]] = None  # native translators by compute type
         self._lock = threading.Lock()
         self.reason: Optional[str] = None
 
@@ -48,29 +55,38 @@ class Translator:
 
     def refresh(self) -> None:
         """Pack the weights again before the next use."""
-        self._snapshot = None
+        self._packed = None
 
-    def native(self) -> Any:
-        """Return the native translator of the model as it is now, or None, for the :attr:`reason`."""
-        snapshot = self._snapshot
-        if snapshot is None or not snapshot.same():
+    def native(self, compute_type: str = "float32") -> Any:
+        """Return the native translator of the model as it is now, or None, for the :attr:`reason`.
+
+        Args:
+            compute_type: one of the :data:`COMPUTE_TYPES`
+        """
+        packed = self._packed
+        if packed is None or compute_type not in packed[1] or not packed[0].same():
             with self._lock:
-                if self._snapshot is snapshot:
-                    self._pack()
-        return self._native
+                packed = self._packed
+                if packed is None or not packed[0].same():
+                    packed = Snapshot(self._model), {}
+                if compute_type not in packed[1]:
+                    packed[1][compute_type] = self._pack(compute_type)
+                self._packed = packed
+        return packed[1][compute_type]
 
-    def _pack(self) -> None:
-        snapshot, reason = Snapshot(self._model), None
+    def _pack(self, compute_type: str) -> Any:
+        native, reason = None, None
         try:
             if not loaded:
                 raise Unknown("the compiled operators are missing")
             weights, settings = read(self._model)
-            self._native = torch.classes.fairseq_lrn.Translator(weights, *settings.values())
+            native = torch.classes.fairseq_lrn.Translator(weights, *settings.values(), compute_type)
         except (Unknown, ValueError) as error:
-            self._native, reason = None, str(error)
+            reason = str(error)
         if reason is not None and reason != self.reason:
             logger.info("the model translates with PyTorch's modules: %s", reason)
-        self.reason, self._snapshot = reason, snapshot
+        self.reason = reason
+        return native
 
     def search(self, native: Any, src_tokens: Tensor, *arguments: Any) -> Tuple[Tensor, ...]:
         """Translate a batch with what :meth:`native` returned.

@@ -1,7 +1,7 @@
 """Translating from Python: fairseq's hub interface with the task ``lrn_translation``."""
 
 import copy
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from fairseq import hub_utils, utils
@@ -9,6 +9,7 @@ from fairseq.tasks.translation import TranslationTask
 from omegaconf import open_dict
 from torch import Tensor
 
+from ..inference import COMPUTE_TYPES
 from .translation import LRNTranslationTask
 
 
@@ -72,17 +73,32 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
             yield dataset.collater([dataset[j] for j in batch])
 
 
-def from_pretrained(model_class: Any, path, checkpoint_file, data, **kwargs: Any) -> TranslationHub:
+def from_pretrained(
+    model_class: Any, path, checkpoint_file, data, compute_type: Optional[str] = None, **kwargs: Any
+) -> TranslationHub:
     """Load as fairseq's ``from_pretrained`` does; a model of task ``translation`` gets ``lrn_translation``.
 
     Args:
         model_class: whose ``hub_models()`` may name the path
         path, checkpoint_file, data, kwargs: as fairseq has them; with ``task`` the task is left as it is
+        compute_type: ``float32``, ``bfloat16`` or ``int8``, see :class:`~fairseq_lrn.inference.Translator`;
+            None for the checkpoint's, which is ``float32`` unless it was trained with another
+
+    Raises:
+        ValueError: compute_type is none of these, or the task is another than ``lrn_translation``
     """
+    if compute_type not in (None, *COMPUTE_TYPES):
+        raise ValueError(f"compute_type is {compute_type!r}, but must be one of {', '.join(COMPUTE_TYPES)}")
     found = hub_utils.from_pretrained(
         path, checkpoint_file, data, archive_map=model_class.hub_models(), **kwargs
     )
     task = found["task"]
     if type(task) is TranslationTask and "task" not in kwargs:
+        with open_dict(task.cfg):
+            task.cfg.compute_type = "float32"
         task = LRNTranslationTask(task.cfg, task.src_dict, task.tgt_dict)
+    if compute_type is not None:
+        if not isinstance(task, LRNTranslationTask):
+            raise ValueError(f"compute_type is for the task lrn_translation, but the task is {task.cfg._name}")
+        task.cfg.compute_type = compute_type
     return TranslationHub(found["args"], task, found["models"])
