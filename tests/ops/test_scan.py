@@ -103,6 +103,24 @@ def test_definition(options, dtype, device, instruction_set):
             assert_close(results, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[2::3], ids=str)
+def test_every_kernel_of_a_gpu(options, dtype):
+    """Each width of memory access, by as few lanes as it takes; the definition runs on the CPU.
+
+    compute-sanitizer runs this test: it launches next to nothing but the kernels.
+    """
+    lanes = 96 * torch.cuda.get_device_properties(0).multi_processor_count
+    widths = [width for width in (1, 2, 4, 8) if width * dtype.itemsize <= 16]
+    shapes = [(3, 5), *((-(-lanes * width // 128), 64) for width in widths)]
+    for batch, size in shapes:
+        inputs = make(19, batch, size, options, "anywhere", dtype)
+        expected = run(lrn_scan_reference, *map(double, inputs), options)
+        results = run(lrn_scan, *(x.cuda() for x in inputs), options)
+        assert_close([x.cpu() for x in results], expected, TOLERANCE[dtype])
+
+
 @pytest.mark.parametrize("gate", ["i", "f", "o"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_any_gate(dtype, gate, device, instruction_set):
