@@ -107,18 +107,21 @@ def test_definition(options, dtype, device, instruction_set):
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("options", OPTIONS[2::3], ids=str)
 def test_every_kernel_of_a_gpu(options, dtype):
-    """Each width of memory access, by as few lanes as it takes; the definition runs on the CPU.
+    """Each width of memory access, by as few lanes as it takes: many copies of 16 sentences.
 
-    compute-sanitizer runs this test: it launches next to nothing but the kernels.
+    compute-sanitizer runs this test: the definition runs on the CPU, so that little else is launched.
     """
+    inputs = make(19, 16, 64, options, "anywhere", dtype)
+    expected = run(lrn_scan_reference, *map(double, inputs), options)
+    projections, state, mask, grad = (x.cuda() for x in inputs)
     lanes = 96 * torch.cuda.get_device_properties(0).multi_processor_count
     widths = [width for width in (1, 2, 4, 8) if width * dtype.itemsize <= 16]
-    shapes = [(3, 5), *((-(-lanes * width // 128), 64) for width in widths)]
-    for batch, size in shapes:
-        inputs = make(19, batch, size, options, "anywhere", dtype)
-        expected = run(lrn_scan_reference, *map(double, inputs), options)
-        results = run(lrn_scan, *(x.cuda() for x in inputs), options)
-        assert_close([x.cpu() for x in results], expected, TOLERANCE[dtype])
+    for copies in [1, *(-(-lanes * width // (16 * 128)) for width in widths)]:
+        many = [projections.repeat(1, copies, 1), state.repeat(copies, 1), mask.repeat(copies, 1)]
+        results = run(lrn_scan, *many, grad.repeat(1, copies, 1), options)
+        batches = [x.cpu().unflatten(-2, (copies, 16)).unbind(-3) for x in results]
+        assert_close([x[0] for x in batches], expected, TOLERANCE[dtype])
+        assert all(torch.equal(one, x[0]) for x in batches for one in x)
 
 
 @pytest.mark.parametrize("gate", ["i", "f", "o"])
