@@ -12,6 +12,7 @@ from ..models.deepnmt import DeepNMTModel
 from ..models.lrn import LRNModel
 from ..ops import log_softmax_topk
 from ..ops._library import loaded
+from .cuda_graph import StepGraphs
 from .translator import Translator
 
 Hypothesis = Dict[str, Tensor]
@@ -22,7 +23,8 @@ class BeamSearchGenerator(SequenceGenerator):
 
     The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses
     are read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are
-    native too. Otherwise the model's own modules make them, on any device. Ensembles, other models, adaptive
+    native too. Otherwise the model's own modules make them, on any device; on a GPU :class:`StepGraphs` has
+    captured them where it knows the model. Ensembles, other models, adaptive
     softmax, sampling and other searches, constraints, a language model, and n-grams that may not repeat use
     fairseq's own search.
     """
@@ -37,6 +39,7 @@ class BeamSearchGenerator(SequenceGenerator):
         super().__init__(models, tgt_dict, **kwargs)
         self.compute_type = compute_type
         self.translator = Translator.of(self.model.single_model)
+        self.graphs = StepGraphs(self.model.single_model)
 
     def _generate(
         self,
@@ -84,18 +87,21 @@ class BeamSearchGenerator(SequenceGenerator):
             self.normalize_scores,
             prefix_tokens,
         )
-        if native is None:
-            found = self._search(sample["net_input"], options)
-        else:
+        if native is not None:
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
+        else:
+            search = torch.classes.fairseq_lrn.BeamSearch(len(src_tokens), *options)
+            if self.graphs.serve(self.beam_size) and not torch._C._is_any_autocast_enabled():
+                found = self.graphs.search(sample["net_input"], search, self.beam_size, self.temperature)
+            else:
+                found = self._search(sample["net_input"], search)
         return _check(sample, _split(*found))
 
-    def _search(self, net_input: Dict[str, Tensor], options: Tuple[Any, ...]) -> Tuple[Tensor, ...]:
+    def _search(self, net_input: Dict[str, Tensor], search: Any) -> Tuple[Tensor, ...]:
         """Search with the model's own modules; returns what :meth:`Translator.search` does."""
         encoder, decoder = self.model.single_model.encoder, self.model.single_model.decoder
         device = net_input["src_tokens"].device
         sentences, source_length = net_input["src_tokens"].shape
-        search = torch.classes.fairseq_lrn.BeamSearch(sentences, *options)
         encoder_out = encoder.forward_torchscript(net_input)
         state: Dict[str, Dict[str, Optional[Tensor]]] = {}
         rows = sentences

@@ -113,11 +113,14 @@ class Snapshot:
             return False
 
 
-def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+def read(
+    model: nn.Module, device_type: str = "cpu", dtypes: Tuple[torch.dtype, ...] = (torch.float32,)
+) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     """Return the weights of ``model`` by their names, with each LayerNorm's eps, and the other settings.
 
     Raises:
-        Unknown: the native translator cannot compute what the model does
+        Unknown: the model is no ``lrn`` whose results follow from these alone, or its weights are on another
+            type of device or of another dtype
     """
     if any(_GLOBAL_HOOKS):
         raise Unknown("hooks on all modules are registered")
@@ -128,7 +131,8 @@ def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
         _check(name or "the model", module)
         for parameter, value in module._parameters.items():
             if value is not None:
-                weights[f"{name}.{parameter}"] = _check_weight(f"{name}.{parameter}", value)
+                weights[f"{name}.{parameter}"] = value.detach()
+                _check_weight(f"{name}.{parameter}", value, device_type, dtypes)
         if type(module) is nn.LayerNorm:
             weights[f"{name}.eps"] = torch.tensor(float(module.eps))
 
@@ -204,12 +208,11 @@ def _is_checkpointed(module: nn.Module) -> bool:
     )
 
 
-def _check_weight(name: str, value: Tensor) -> Tensor:
+def _check_weight(name: str, value: Tensor, device_type: str, dtypes: Tuple[torch.dtype, ...]) -> None:
     if type(value) is not nn.Parameter:
         raise Unknown(f"{name} is a {type(value).__name__}")
-    if value.dtype != torch.float32 or value.device.type != "cpu":
+    if value.dtype not in dtypes or value.device.type != device_type:
         raise Unknown(f"{name} is {value.dtype} on {value.device}")
-    return value.detach()
 
 
 def _same(name: str, owners: List[nn.Module], read: Callable = lambda value: value) -> Any:
