@@ -133,7 +133,8 @@ class Translator::Packer {
   PackedLinear linear(const std::vector<std::string>& names, Parts out, Parts in, float scale = 1,
                       const std::string& suffix = "", float filling_bias = 0) {
     const int64_t count = names.size();
-    PackedLinear layer{type_, in.padded(), count * out.padded(), nullptr, nullptr, nullptr, nullptr};
+    PackedLinear layer{type_,   in.padded(), count * out.padded(), nullptr, nullptr,
+                       nullptr, nullptr};
     const int64_t outputs = layer.panels() * kPanel;
     layer.weights = memory(layer.panels() * layer.panel_size());
     layer.bias = memory(outputs);
@@ -656,8 +657,9 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> Translator::step(
   TORCH_CHECK_VALUE(keys_values.sizes() == at::IntArrayRef({layers(), 1, count, floats}),
                     "keys_values must have shape (", layers(), ", 1, sentences, ", floats,
                     "), got ", keys_values.sizes());
-  TORCH_CHECK_VALUE(count > 0 && rows % count == 0, "there must be as many words for each of the ",
-                    count, " sentences, got ", rows);
+  TORCH_CHECK_VALUE(count > 0 && rows > 0 && rows % count == 0,
+                    "there must be as many words for each of the ", count, " sentences, got ",
+                    rows);
   TORCH_CHECK_VALUE(0 < heads && heads <= heads_, "alignment_heads must be from 1 to ", heads_,
                     ", got ", heads);
   const auto places = find_places(padding_mask, count, length);
@@ -744,12 +746,12 @@ Translation::Translation(c10::intrusive_ptr<Translator> translator, const Search
   const int64_t words = translator_->target_words();
   sentences_ = all.count();
   length_ = src_tokens.size(1);
-  TORCH_CHECK_VALUE(options.beam_size > 0 && options.min_length >= 0 &&
-                        options.min_length <= options.max_length && temperature > 0,
-                    "beam_size and temperature must be positive, and min_length from 0 to "
-                    "max_length, got ",
-                    options.beam_size, ", ", temperature, ", ", options.min_length, " and ",
-                    options.max_length);
+  TORCH_CHECK_VALUE(
+      0 < options.beam_size && options.beam_size <= words && options.min_length >= 0 &&
+          options.min_length <= options.max_length && temperature > 0,
+      "beam_size must be from 1 to the number of words, temperature positive, and "
+      "min_length from 0 to max_length, got ",
+      options.beam_size, ", ", temperature, ", ", options.min_length, " and ", options.max_length);
   for (const int64_t word : {options.bos, options.pad, options.eos, options.unk}) {
     TORCH_CHECK_INDEX(0 <= word && word < words, "words must be from 0 to ", words - 1, ", got ",
                       word);
@@ -782,6 +784,7 @@ Translation::~Translation() {
 }
 
 bool Translation::advance(double seconds) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
   at::parallel_for(0, shares_.size(), 1, [&](int64_t first, int64_t last) {
@@ -849,10 +852,9 @@ LRN_LIBRARY(m) {
                           double decoder_scale, int64_t pad, int64_t attention_layer,
                           int64_t attention_heads, std::string compute_type) {
         return c10::make_intrusive<Translator>(
-            weights,
-            lrn::TranslatorSettings{activation, activation_fn, output_gate, heads, encoder_scale,
-                                    decoder_scale, pad, attention_layer, attention_heads,
-                                    compute_type});
+            weights, lrn::TranslatorSettings{activation, activation_fn, output_gate, heads,
+                                             encoder_scale, decoder_scale, pad, attention_layer,
+                                             attention_heads, compute_type});
       }))
       .def("encode", [](const intrusive_ptr<Translator>& self,
                         const at::Tensor& src_tokens) { return self->encode(src_tokens); })

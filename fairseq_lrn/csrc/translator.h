@@ -162,6 +162,7 @@ class Translation : public torch::CustomClassHolder {
   c10::intrusive_ptr<Translator> translator_;
   int64_t sentences_, length_;
   std::vector<std::unique_ptr<Share>> shares_;  // sentence i is in share i % shares
+  std::mutex mutex_;                            // threads advance one after the other
 };
 
 struct TranslatorSettings {

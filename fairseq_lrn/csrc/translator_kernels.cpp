@@ -62,7 +62,8 @@ LRN_HD Sums<kDot, kLanes> dot(const Sums<kDot, kLanes>& old, const Floats<kLanes
     } else if constexpr (kDot == Dot::kInt8Widened) {
       const S even = (as<S>(w) << 8) >> 8, odd = as<S>(w) >> 8;
       const S signed_x = as<S>(x ^ static_cast<int32_t>(0x80808080));
-      sums += dot_shorts<kLanes>(even, (signed_x << 8) >> 8) + dot_shorts<kLanes>(odd, signed_x >> 8);
+      sums +=
+          dot_shorts<kLanes>(even, (signed_x << 8) >> 8) + dot_shorts<kLanes>(odd, signed_x >> 8);
     }
 #if defined(__x86_64__)  // GCC keeps the sums of its own functions for these in memory
     if constexpr (kDot == Dot::kBfloat16) {
@@ -473,7 +474,7 @@ LRN_HD void attend_rows(const Attention& a, const Memory& memory, Rows query, in
   }
 }
 
-// What is known of a row's scores after some panels: the sum of 2^(score * log2(e) - reference),
+// What is known of a row's scores after some panels: the sum of exp(score - reference),
 // and the best words in descending order. Words at or below the threshold are not among the best.
 struct Best {
   float* sums;  // of each lane
@@ -514,7 +515,7 @@ LRN_HD void insert(const Best& best, float value, int32_t word) {
 // Begins with the first panel: as many words as are wanted are above the threshold.
 LRN_HD void start(const Best& best, const float* scores, uint64_t excluded, float highest) {
   std::fill_n(best.sums, 16, 0.0f);
-  *best.reference = std::max(highest * kLog2E, -1e30f);
+  *best.reference = std::max(highest, -1e30f);
   std::fill_n(best.values - 1, best.capacity + 1, kNone);
   std::fill_n(best.words - 1, best.capacity + 1, 0.0f);
   best.values[-1] = -kNone;
@@ -554,9 +555,9 @@ LRN_HD void update(const Best& best, const float* scores, int64_t first, uint64_
   }
   const bool found = greater<kLanes>(top, V{} + *best.threshold) != 0;
   if (__builtin_expect(found, 0)) {
-    const float highest = maximum<kLanes>(top) * kLog2E;
-    if (highest > *best.reference + 100) {  // the sum could overflow
-      const float scale = std::exp2(*best.reference - highest);
+    const float highest = maximum<kLanes>(top);
+    if (highest > *best.reference + 70) {  // the sum could overflow
+      const float scale = std::exp(*best.reference - highest);
       store(best.sums, load<kLanes>(best.sums) * scale);
       *best.reference = highest;
     }
@@ -564,7 +565,7 @@ LRN_HD void update(const Best& best, const float* scores, int64_t first, uint64_
   V sums[2] = {load<kLanes>(best.sums), V{}};
 #pragma GCC unroll 16
   for (int c = 0; c < kVectors; ++c) {
-    sums[c % 2] += exp2<kLanes>(x[c] * kLog2E - *best.reference);
+    sums[c % 2] += exp2<kLanes>((x[c] - *best.reference) * kLog2E);
   }
   store(best.sums, sums[0] + sums[1]);
   if (__builtin_expect(found, 0)) {
@@ -614,7 +615,7 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
   }
   for (int64_t row = 0; row < rows; ++row) {
     const Best best(buffer + row * floats, width);
-    const float log_sum = *best.reference * kLn2 + std::log(sum<kLanes>(load<kLanes>(best.sums)));
+    const float log_sum = *best.reference + std::log(sum<kLanes>(load<kLanes>(best.sums)));
     const auto write = [&](float score, int64_t word) {
       const float log_prob = score - log_sum;
       *log_probs++ = log_prob == log_prob ? log_prob : kNone;
@@ -627,7 +628,8 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
     }
     for (int64_t i = 0; i < choice.extras; ++i) {
       const int64_t word = choice.extra[row * choice.extras + i];
-      panel<kDot, kLanes, 1>(projection, word / kPanel, features.from(row), {scores, kPanel}, false);
+      panel<kDot, kLanes, 1>(projection, word / kPanel, features.from(row), {scores, kPanel},
+                             false);
       write(scores[word % kPanel] * scale, word);
     }
   }

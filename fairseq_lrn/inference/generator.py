@@ -5,7 +5,7 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from fairseq.sequence_generator import EnsembleModel, SequenceGenerator, SequenceGeneratorWithAlignment
 from torch import Tensor
 
 from ..models.deepnmt import DeepNMTModel
@@ -16,6 +16,7 @@ from .cuda_graph import StepGraphs
 from .translator import Translator
 
 Hypothesis = Dict[str, Tensor]
+_NET_INPUT = {"src_tokens", "src_lengths", "prev_output_tokens"}
 
 
 class BeamSearchGenerator(SequenceGenerator):
@@ -58,7 +59,11 @@ class BeamSearchGenerator(SequenceGenerator):
             and self.repeat_ngram_blocker is None
             and self.token_indices_to_suppress is None
             and not self.match_source_len
+            and sample["net_input"].keys() <= _NET_INPUT
+            and not any(hasattr(EnsembleModel, name) for name in vars(self.model))
         )
+        if self.translator is None:  # a copy has none
+            self.translator = Translator.of(self.model.single_model)
         autocast = torch._C._is_any_autocast_enabled()
         native = self.translator.native(self.compute_type) if plain and not autocast else None
         if native is None and self.compute_type != "float32":

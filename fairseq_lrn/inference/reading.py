@@ -58,12 +58,17 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     LRNDecoder: ("embed_scale", "num_layers", "alignment_layer", "alignment_heads"),
     FeedForward: ("activation_fn",),
     EncoderAttention: ("head_dim",),
-    LRN: ("activation", "output_gate", "bidirectional", "num_layers", "layer_norm", "batch_first"),
+    LRN: ("activation", "output_gate", "bidirectional", "num_layers", "layer_norm", "batch_first", "bias"),
     nn.LayerNorm: ("eps",),
     nn.Embedding: ("max_norm",),
-    Dropout: ("apply_during_inference",),
-    WordDropout: ("apply_during_inference",),
+    Dropout: ("apply_during_inference", "p"),
+    WordDropout: ("apply_during_inference", "p"),
 }
+# What these classes were when this file was read: nobody had changed a method yet.
+_METHODS = {kind: vars(kind).copy() for known in CHILDREN for kind in known.__mro__ if kind is not object}
+_FORWARD, _VERSION = operator.attrgetter("forward"), operator.attrgetter("_version")
+_ACTIVATIONS = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
+_LINEAR_CODE = get_activation_fn("linear").__code__  # a new function each time
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
 
 
@@ -74,8 +79,8 @@ class Unknown(Exception):
 class Snapshot:
     """What a model's results follow from, but for the weights' values: compared before each use.
 
-    It sees modules, hooks, parameters and settings that come, go or are replaced. It makes few calls, since a
-    sentence may take less than a millisecond.
+    It sees modules, hooks, parameters and settings that come, go or are replaced, and weights that are written
+    to in place, unless by ``.data``. It makes few calls, since a sentence may take less than a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,6 +95,7 @@ class Snapshot:
         self.owners = list(filter(None, self.owners))
         self.owned = list(self._owned())  # kept, so that no other object gets their ids
         self.parameters = [value for value in self.owned if isinstance(value, Tensor)]
+        self.versioned = [value for value in self.parameters if not value.is_inference()]
         self.was = self._now()
 
     def _owned(self) -> Iterator[Any]:
@@ -102,6 +108,9 @@ class Snapshot:
             list(map(len, self.hooks)),
             list(map(id, self._owned())),
             list(map(Tensor.data_ptr, self.parameters)),
+            list(map(Tensor.stride, self.parameters)),
+            list(map(_VERSION, self.versioned)),
+            list(map(_FORWARD, CHILDREN)),
             [get(state) for get, state in zip(self.getters, self.states)],
         ]
 
@@ -126,6 +135,11 @@ def read(
         raise Unknown("hooks on all modules are registered")
     if type(model) is not LRNModel:
         raise Unknown(f"the model is a {type(model).__name__}")
+    for kind, methods in _METHODS.items():
+        now = vars(kind)
+        other = [name for name in now if callable(now[name]) and now[name] is not methods.get(name)]
+        if other:
+            raise Unknown(f"{kind.__name__}.{other[0]} was replaced")
     weights: Dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         _check(name or "the model", module)
@@ -178,6 +192,11 @@ def _check(name: str, module: nn.Module) -> None:
             raise Unknown(f"{name}.{child} is a {child_kind.__module__}.{child_kind.__name__}")
     if kind in LAYERS and {type(layer) for layer in _children(module.layers)} != {LAYERS[kind]}:
         raise Unknown(f"{name}.layers are not {LAYERS[kind].__name__} alone")
+    tensors = [attribute for attribute, value in vars(module).items() if isinstance(value, Tensor)]
+    if module._buffers or tensors:
+        raise Unknown(f"{name}.{[*module._buffers, *tensors][0]} is no parameter")
+    if kind is LRN and module.bias != (module._parameters.get("bias_ih_l0") is not None):
+        raise Unknown(f"{name} has a bias that does not count")
     if module.training:
         raise Unknown(f"{name} is in training mode")
     if getattr(module, "apply_during_inference", False) and module.p > 0:
@@ -223,10 +242,8 @@ def _same(name: str, owners: List[nn.Module], read: Callable = lambda value: val
 
 
 def _activation(function: Callable) -> str:
-    known = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
-    linear = get_activation_fn("linear")  # a new function each time
-    if getattr(function, "__code__", None) is linear.__code__:
+    if getattr(function, "__code__", None) is _LINEAR_CODE:
         return "linear"
-    if function not in known:
+    if function not in _ACTIVATIONS:
         raise Unknown(f"the activation function is {getattr(function, '__name__', function)}")
-    return known[function]
+    return _ACTIVATIONS[function]

@@ -20,8 +20,8 @@ class Translator:
     """Translates as a model ``lrn`` does, with its weights packed for the CPU.
 
     Weights are packed when they are first needed. They are packed again where modules, parameters or settings
-    were replaced since, after the model's ``train()``, ``eval()`` and ``load_state_dict()``, and after
-    :meth:`refresh`. A model that is not exactly known translates with its own modules; the log says why.
+    were replaced since, where weights were written to in place, after the model's ``train()``, ``eval()`` and
+    ``load_state_dict()``, and after :meth:`refresh`, which writing by ``.data`` needs. A model that is not exactly known translates with its own modules; the log says why.
 
     Products with weights are computed in one of the :data:`COMPUTE_TYPES`, all else in float32:
 
@@ -56,6 +56,10 @@ class Translator:
     def refresh(self) -> None:
         """Pack the weights again before the next use."""
         self._packed = None
+
+    def translates(self, part: torch.nn.Module) -> bool:
+        """Whether ``part`` is the model's encoder or decoder."""
+        return part is self._model.encoder or part is self._model.decoder
 
     def native(self, compute_type: str = "float32") -> Any:
         """Return the native translator of the model as it is now, or None, for the :attr:`reason`.
@@ -106,17 +110,18 @@ class Translator:
             pass
         return search.hypotheses()
 
-    def encode(self, src_tokens: Tensor) -> Dict[str, List[Tensor]]:
+    def encode(self, native: Any, src_tokens: Tensor) -> Dict[str, List[Tensor]]:
         """As :meth:`~fairseq_lrn.models.lrn_encoder.LRNEncoder.forward`; at padding the output is zeros."""
         padding_mask = find_padding(src_tokens, self._model.encoder.padding_idx)
         return {
-            "encoder_out": [self._native.encode(src_tokens)],
+            "encoder_out": [native.encode(src_tokens)],
             "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
             "encoder_states": [],
         }
 
     def extract_features(
         self,
+        native: Any,
         prev_output_tokens: Tensor,
         encoder_out: Dict[str, List[Tensor]],
         incremental_state: Dict[str, Dict[str, Optional[Tensor]]],
@@ -124,7 +129,7 @@ class Translator:
         alignment_heads: Optional[int],
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`~fairseq_lrn.models.lrn_decoder.LRNDecoder.extract_features`, word by word."""
-        decoder, native = self._model.decoder, self._native
+        decoder = self._model.decoder
         encoder_x = encoder_out["encoder_out"][0]
         padding_mask = next(iter(encoder_out["encoder_padding_mask"]), None)
         saved = decoder.get_incremental_state(incremental_state, "states")

@@ -123,13 +123,17 @@ def refuse_full_context(full_context_alignment: bool) -> None:
         raise ValueError("full_context_alignment must be False: a recurrent decoder reads no later words")
 
 
-def prepared(translator: Any) -> Any:
-    """Return ``translator`` where it stands in for ``forward``: it was made, and there are no gradients."""
+def prepared(part: Any) -> Any:
+    """Return what is native of an encoder's or decoder's ``translator`` where it stands in for ``forward``.
+
+    It was made for a model that still has this part, and there are no gradients. Otherwise return None.
+    """
+    translator = part.translator
     if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if torch._C._is_any_autocast_enabled() or translator.native() is None:
+    if torch._C._is_any_autocast_enabled() or not translator.translates(part):
         return None
-    return translator
+    return translator.native()
 
 
 def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:

@@ -74,10 +74,15 @@ class LRNDecoder(Decoder):
         refuse_full_context(full_context_alignment)
         if not torch.jit.is_scripting():
             stepwise = incremental_state is not None and not return_all_hiddens
-            translator = prepared(self.translator) if stepwise else None
-            if translator is not None:
-                return translator.extract_features(
-                    prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
+            native = prepared(self) if stepwise else None
+            if native is not None:
+                return self.translator.extract_features(
+                    native,
+                    prev_output_tokens,
+                    encoder_out,
+                    incremental_state,
+                    alignment_layer,
+                    alignment_heads,
                 )
         encoder_x = encoder_out["encoder_out"][0]
         encoder_padding_mask: Optional[Tensor] = None

@@ -57,9 +57,9 @@ class LRNEncoder(FairseqEncoder):
         """
         if not torch.jit.is_scripting():
             other = return_all_hiddens or token_embeddings is not None
-            translator = None if other else prepared(self.translator)
-            if translator is not None:
-                return translator.encode(src_tokens)
+            native = None if other else prepared(self)
+            if native is not None:
+                return self.translator.encode(native, src_tokens)
         padding_mask = find_padding(src_tokens, self.padding_idx)
         if token_embeddings is None:
             x = self.embed_tokens(src_tokens.t())

@@ -24,25 +24,32 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
         super().__init__(cfg, task, models)
         self._kept: Any = None  # what the generator was made for, and the generator
 
-    def generate(self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs):
+    def generate(
+        self,
+        tokenized_sentences,
+        beam: int = 5,
+        verbose: bool = False,
+        skip_invalid_size_inputs: bool = False,
+        inference_step_args: Optional[Dict[str, Any]] = None,
+        prefix_allowed_tokens_fn: Any = None,
+        **kwargs,
+    ):
         """As fairseq's: the hypotheses of each sentence, in order; batches are formed by length."""
         one = torch.is_tensor(tokenized_sentences) and tokenized_sentences.dim() == 1
-        if one or verbose or kwargs.get("prefix_allowed_tokens_fn") is not None:
-            return super().generate(tokenized_sentences, beam, verbose, **kwargs)
-        skip = kwargs.pop("skip_invalid_size_inputs", False)
-        step_args = kwargs.pop("inference_step_args", None) or {}
-        kwargs.pop("prefix_allowed_tokens_fn", None)
+        if one or verbose or prefix_allowed_tokens_fn is not None:
+            rest = (skip_invalid_size_inputs, inference_step_args, prefix_allowed_tokens_fn)
+            return super().generate(tokenized_sentences, beam, verbose, *rest, **kwargs)
         generator = self._generator(beam, kwargs)
         found: Dict[int, List[Dict[str, Tensor]]] = {}
-        for batch in self._build_batches(tokenized_sentences, skip):
+        for batch in self._build_batches(tokenized_sentences, skip_invalid_size_inputs):
             batch = utils.apply_to_sample(lambda x: x.to(self.device), batch)
-            hypotheses = self.task.inference_step(generator, self.models, batch, **step_args)
+            hypotheses = self.task.inference_step(generator, self.models, batch, **inference_step_args or {})
             found.update(zip(batch["id"].tolist(), hypotheses))
         return [found[i] for i in sorted(found)]
 
     def _generator(self, beam: int, options: Dict[str, Any]) -> Any:
         """Return the generator of the last call if it had the same options, or else a new one."""
-        wanted = (beam, options, self.cfg.generation)
+        wanted = (beam, options, self.cfg.generation, list(map(id, self.models)))
         if self._kept is None or self._kept[0] != wanted:
             arguments = copy.deepcopy(self.cfg.generation)
             with open_dict(arguments):
