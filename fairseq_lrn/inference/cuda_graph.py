@@ -37,7 +37,7 @@ class StepGraphs:
     def __init__(self, model: torch.nn.Module, device_type: str = "cuda") -> None:
         self._model, self._device_type = model, device_type
         self._snapshot: Optional[Snapshot] = None
-        self._weight: Optional[Tensor] = None  # any of the model's, if its steps are known
+        self._weight: Any = None  # one of the model's, if its steps are known
         self._lock = threading.Lock()
         self._captures = device_type == "cuda"
         self._stream: Optional[torch.cuda.Stream] = None
@@ -189,7 +189,8 @@ class _Step:
         heads = weight.size(1) // decoder.layers[0].encoder_attn.head_dim
         pinned = device.type == "cuda"
         self.decoder, self.temperature, self.width = decoder, temperature, _width(beam_size)
-        self.sentences, self.graph = sentences, None
+        self.sentences = sentences
+        self.graph: Any = None
         self.keys_values = keys_values.view(len(decoder.layers), 2, sentences, heads, length, -1)
         self.padding_mask = torch.zeros(sentences, length, dtype=torch.bool, device=device)
         self.states = weight.new_zeros(len(decoder.layers), rows, weight.size(1))
