@@ -105,7 +105,7 @@ class StepGraphs:
                 while going:
                     tokens, order = search.rows()
                     parents = rows[order] if kept else rows
-                    if len(tokens) != len(rows):
+                    if len(kept) == 1 or len(tokens) != len(rows):
                         groups = parents[::beam_size] // beam_size
                         rows = (groups[:, None] * beam_size + torch.arange(beam_size)).flatten()
                         if 4 * len(groups) <= step.sentences:

@@ -12,6 +12,7 @@ import sys
 import pytest
 import torch
 from batches import DEVICES, ROOT
+from fairseq.tasks.translation import TranslationTask
 from hypothesis import given, settings
 from translations import (
     assert_forced,
@@ -23,6 +24,7 @@ from translations import (
     searches,
     translate,
     values_of,
+    words_of,
 )
 
 from fairseq_lrn.inference import BeamSearchGenerator, BeamSearchGeneratorWithAlignment
@@ -112,6 +114,18 @@ def test_prefixes(device):
     prefix = torch.tensor([[9, 5], [7, 1], [1, 1], [8, 9], [6, 1]], device=device)
     for beam in (1, 3):
         same(build(device=device), batch(device=device), {"prefix_tokens": prefix}, beam=beam)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sentences_that_end_at_once(device):
+    """As many rows follow as there were sentences. Of what ends in the prefix fairseq mixes up attention."""
+    prefix = torch.tensor([[2], [7], [9], [2]], device=device)
+    model, sample = build(device=device), batch([7, 3, 11, 5], device=device)
+    expected = translate(build_generator([build()], TranslationTask, beam=2, max_len_b=12),
+                         batch([7, 3, 11, 5]), prefix_tokens=prefix.cpu())  # fmt: skip
+    found = translate(build_generator([model], Task, beam=2, max_len_b=12), sample, prefix_tokens=prefix)
+    assert words_of(found) == words_of(expected)
+    assert model.graphs.searches == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
