@@ -67,6 +67,8 @@ class StepGraphs:
         self._clear()
         try:
             weights, _ = read(self._model, self._device_type, _DTYPES)
+            if any("forward" in vars(module) for module in self._model.modules()):
+                raise Unknown("checkpointed activations read the state of the random numbers")
         except Unknown as error:
             logger.info("the model translates without CUDA graphs: %s", error)
             return
