@@ -37,7 +37,7 @@ class StepGraphs:
     def __init__(self, model: torch.nn.Module, device_type: str = "cuda") -> None:
         self._model, self._device_type = model, device_type
         self._snapshot: Optional[Snapshot] = None
-        self._weight: Optional[Tensor] = None  # any of the model's, if its steps are known
+        self._weight: Any = None  # one of the model's, if its steps are known
         self._lock = threading.Lock()
         self._captures = device_type == "cuda"
         self._stream: Optional[torch.cuda.Stream] = None
@@ -67,6 +67,8 @@ class StepGraphs:
         self._clear()
         try:
             weights, _ = read(self._model, self._device_type, _DTYPES)
+            if any("forward" in vars(module) for module in self._model.modules()):
+                raise Unknown("checkpointed activations read the state of the random numbers")
         except Unknown as error:
             logger.info("the model translates without CUDA graphs: %s", error)
             return
@@ -105,7 +107,7 @@ class StepGraphs:
                 while going:
                     tokens, order = search.rows()
                     parents = rows[order] if kept else rows
-                    if len(tokens) != len(rows):
+                    if len(kept) == 1 or len(tokens) != len(rows):
                         groups = parents[::beam_size] // beam_size
                         rows = (groups[:, None] * beam_size + torch.arange(beam_size)).flatten()
                         if 4 * len(groups) <= step.sentences:
@@ -189,7 +191,8 @@ class _Step:
         heads = weight.size(1) // decoder.layers[0].encoder_attn.head_dim
         pinned = device.type == "cuda"
         self.decoder, self.temperature, self.width = decoder, temperature, _width(beam_size)
-        self.sentences, self.graph = sentences, None
+        self.sentences = sentences
+        self.graph: Any = None
         self.keys_values = keys_values.view(len(decoder.layers), 2, sentences, heads, length, -1)
         self.padding_mask = torch.zeros(sentences, length, dtype=torch.bool, device=device)
         self.states = weight.new_zeros(len(decoder.layers), rows, weight.size(1))

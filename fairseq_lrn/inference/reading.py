@@ -192,11 +192,6 @@ def _check(name: str, module: nn.Module) -> None:
             raise Unknown(f"{name}.{child} is a {child_kind.__module__}.{child_kind.__name__}")
     if kind in LAYERS and {type(layer) for layer in _children(module.layers)} != {LAYERS[kind]}:
         raise Unknown(f"{name}.layers are not {LAYERS[kind].__name__} alone")
-    tensors = [attribute for attribute, value in vars(module).items() if isinstance(value, Tensor)]
-    if module._buffers or tensors:
-        raise Unknown(f"{name}.{[*module._buffers, *tensors][0]} is no parameter")
-    if kind is LRN and module.bias != (module._parameters.get("bias_ih_l0") is not None):
-        raise Unknown(f"{name} has a bias that does not count")
     if module.training:
         raise Unknown(f"{name} is in training mode")
     if getattr(module, "apply_during_inference", False) and module.p > 0:
@@ -204,6 +199,11 @@ def _check(name: str, module: nn.Module) -> None:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if not all(map(_is_quantization_noise, hooks)):
         raise Unknown(f"{name} has a hook")
+    tensors = [attribute for attribute, value in vars(module).items() if isinstance(value, Tensor)]
+    if module._buffers or tensors:
+        raise Unknown(f"{name}.{[*module._buffers, *tensors][0]} is no parameter")
+    if kind is LRN and module.bias != (module._parameters.get("bias_ih_l0") is not None):
+        raise Unknown(f"{name} has a bias that does not count")
     own = [attribute for attribute in vars(module) if hasattr(kind, attribute) and attribute != "train"]
     if own and not (own == ["forward"] and _is_checkpointed(module)):
         raise Unknown(f"{name} has a {own[0]} of its own")

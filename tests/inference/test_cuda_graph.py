@@ -23,6 +23,7 @@ from translations import (
     searches,
     translate,
     values_of,
+    words_of,
 )
 
 from fairseq_lrn.inference import BeamSearchGenerator, BeamSearchGeneratorWithAlignment
@@ -112,6 +113,18 @@ def test_prefixes(device):
     prefix = torch.tensor([[9, 5], [7, 1], [1, 1], [8, 9], [6, 1]], device=device)
     for beam in (1, 3):
         same(build(device=device), batch(device=device), {"prefix_tokens": prefix}, beam=beam)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_sentences_that_end_at_once(device):
+    """As many rows follow as there were sentences. Such prefixes fairseq's own search does not take."""
+    prefix = {"prefix_tokens": torch.tensor([[2], [7], [9], [2]])}
+    expected = translate(build_generator([build()], beam=2, max_len_b=12), batch([7, 3, 11, 5]), **prefix)
+    model = build(device=device)
+    generator = build_generator([model], Task, beam=2, max_len_b=12)
+    found = translate(generator, batch([7, 3, 11, 5], device=device), **prefix)
+    assert words_of(found) == words_of(expected)
+    assert model.graphs.searches == 1
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -225,12 +238,30 @@ def test_changed_models_count(device, change):
 def test_what_is_not_exactly_known_goes_another_way(device):
     hooked = build(device=device)
     hooked.decoder.layers[0].ffn.register_forward_hook(lambda module, inputs, output: -output)
-    for model in (hooked, build(cell="gru", device=device), build(DeepNMTModel, device=device)):
+    others = ({"cell": "gru"}, {"model_class": DeepNMTModel}, {"checkpoint_activations": True})
+    for model in (hooked, *(build(device=device, **other) for other in others)):
         assert_same(model, batch(device=device), task=Task, beam=3)
         assert model.graphs.searches == 0
     generator = build_generator([build(device=device)], Task, beam=30, max_len_b=12)
     translate(generator, batch(device=device))  # it wants more words than there are
     assert generator.graphs.searches == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5},
+        {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0"},
+        {"quant_noise_pq": 0.1, "quant_noise_pq_block_size": 4},
+        {"dropout": 0.5, "word_dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3},
+        {"share_all_embeddings": True, "activation_fn": "gelu", "decoder_attention_heads": 1},
+        {"encoder_embed_dim": 8, "alignment_layer": 0, "alignment_heads": 1, "decoder_layers": 3},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("device", DEVICES)
+def test_options_of_models(device, options):
+    same(build(device=device, **options), batch(device=device), beam=3)
 
 
 @pytest.mark.parametrize("device", DEVICES)
