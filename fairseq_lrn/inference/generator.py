@@ -13,6 +13,7 @@ from ..models.lrn import LRNModel
 from ..ops import log_softmax_topk
 from ..ops._library import loaded
 from .cuda_graph import StepGraphs
+from .reading import replaced_method
 from .translator import Translator
 
 Hypothesis = Dict[str, Tensor]
@@ -71,7 +72,8 @@ class BeamSearchGenerator(SequenceGenerator):
             if plain:
                 why = "autocast is on" if autocast else self.translator.reason
             raise ValueError(
-                f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules translate: {why}"
+                f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules translate: "
+                f"{why}"
             )
         if native is None and not (plain and _is_unchanged(self.model.single_model)):
             return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
@@ -147,7 +149,7 @@ def _is_unchanged(model: Any) -> bool:
     if type(model) not in (DeepNMTModel, LRNModel) or model.decoder.output_projection is None:
         return False
     parts = {model.encoder: model.encoder_class, model.decoder: model.decoder_class}
-    return "get_normalized_probs" not in vars(model) and all(
+    return "get_normalized_probs" not in vars(model) and replaced_method() is None and all(
         type(part) is kind and not any(hasattr(kind, name) for name in vars(part))
         for part, kind in parts.items()
     )

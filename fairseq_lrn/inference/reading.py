@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 import types
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.modules import module as modules
 
 from ..models.base import Dropout
+from ..models.deepnmt import DeepNMTModel
 from ..models.lrn import LRNModel
 from ..models.lrn_decoder import LRNDecoder
 from ..models.lrn_encoder import LRNEncoder
@@ -65,7 +66,12 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     WordDropout: ("apply_during_inference", "p"),
 }
 # What these classes were when this file was read: nobody had changed a method yet.
-_METHODS = {kind: vars(kind).copy() for known in CHILDREN for kind in known.__mro__ if kind is not object}
+_METHODS = {
+    kind: vars(kind).copy()
+    for known in (*CHILDREN, DeepNMTModel)
+    for kind in known.__mro__
+    if kind is not object
+}
 _FORWARD, _VERSION = operator.attrgetter("forward"), operator.attrgetter("_version")
 _ACTIVATIONS = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
 _LINEAR_CODE = get_activation_fn("linear").__code__  # a new function each time
@@ -79,8 +85,8 @@ class Unknown(Exception):
 class Snapshot:
     """What a model's results follow from, but for the weights' values: compared before each use.
 
-    It sees modules, hooks, parameters and settings that come, go or are replaced, and weights that are written
-    to in place, unless by ``.data``. It makes few calls, since a sentence may take less than a millisecond.
+    It sees modules, hooks, parameters and settings that come, go or are replaced, and weights that are
+    written to in place, unless by ``.data``. It makes few calls: a sentence may take less than a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -122,6 +128,15 @@ class Snapshot:
             return False
 
 
+def replaced_method() -> Optional[str]:
+    """Return which method of the models' classes is not what it was, or None."""
+    for kind, methods in _METHODS.items():
+        for name, now in vars(kind).items():
+            if callable(now) and now is not methods.get(name):
+                return f"{kind.__name__}.{name}"
+    return None
+
+
 def read(
     model: nn.Module, device_type: str = "cpu", dtypes: Tuple[torch.dtype, ...] = (torch.float32,)
 ) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
@@ -135,11 +150,9 @@ def read(
         raise Unknown("hooks on all modules are registered")
     if type(model) is not LRNModel:
         raise Unknown(f"the model is a {type(model).__name__}")
-    for kind, methods in _METHODS.items():
-        now = vars(kind)
-        other = [name for name in now if callable(now[name]) and now[name] is not methods.get(name)]
-        if other:
-            raise Unknown(f"{kind.__name__}.{other[0]} was replaced")
+    replaced = replaced_method()
+    if replaced is not None:
+        raise Unknown(f"{replaced} was replaced")
     weights: Dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         _check(name or "the model", module)

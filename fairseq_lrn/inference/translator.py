@@ -21,7 +21,8 @@ class Translator:
 
     Weights are packed when they are first needed. They are packed again where modules, parameters or settings
     were replaced since, where weights were written to in place, after the model's ``train()``, ``eval()`` and
-    ``load_state_dict()``, and after :meth:`refresh`, which writing by ``.data`` needs. A model that is not exactly known translates with its own modules; the log says why.
+    ``load_state_dict()``, and after :meth:`refresh`, which writing by ``.data`` needs. A model that is not
+    exactly known translates with its own modules; the log says why.
 
     Products with weights are computed in one of the :data:`COMPUTE_TYPES`, all else in float32:
 

@@ -50,7 +50,7 @@ class Task(LRNTranslationTask):
     def build_generator(self, models, *args, **kwargs):
         generator = super().build_generator(models, *args, **kwargs)
         assert isinstance(generator, BeamSearchGenerator)
-        generator.translator.native = lambda: None
+        generator.translator.native = lambda *_: None
         device = next(models[0].parameters()).device
         generator.graphs = models[0].graphs = Steps(models[0], device.type)
         return generator

@@ -416,7 +416,7 @@ def test_wrong_batches():
         ({"words": (-1, PAD, EOS, UNK)}, "words must be from 0 to 53, got -1"),
         ({"prefix": torch.full((5, 2), 54)}, "prefix_tokens must be from 0 to 53, got 54"),
         ({"prefix": torch.full((4, 2), 5)}, "prefix_tokens must be \\(5, length\\)"),
-        ({"beam": 0}, "beam_size and temperature must be positive"),
+        ({"beam": 0}, "beam_size must be from 1 to the number of words, temperature positive"),
         ({"min_len": 13}, "min_length from 0 to max_length"),
     ):
         with pytest.raises((ValueError, IndexError, TypeError), match=message):
@@ -438,6 +438,7 @@ def test_wrong_steps():
     for arguments, message in (
         ({"words": words + 50}, "words must be from 0 to 53"),
         ({"words": words[:3]}, "there must be as many words for each of the 2 sentences, got 3"),
+        ({"words": words[:0]}, "there must be as many words for each of the 2 sentences, got 0"),
         ({"length": 5}, "keys_values must have shape"),
         ({"memory": memory.double()}, "keys_values must be float32 on the CPU"),
         ({"states": states[:1]}, "states must have shape"),
@@ -458,6 +459,9 @@ def test_wrong_candidates():
         beam_search.advance(torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(RuntimeError, match="min_length must not be above max_length"):
         CLASSES.BeamSearch(2, 3, 10, 9, EOS, PAD, EOS, UNK, 0.0, 1.0, True, None)
+    for sentences, beam in ((2, 2**62), (2**60, 1)):
+        with pytest.raises(RuntimeError, match="sentences times beam_size must be less than"):
+            CLASSES.BeamSearch(sentences, beam, 1, 9, EOS, PAD, EOS, UNK, 0.0, 1.0, True, None)
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])

@@ -3,11 +3,13 @@
 tests/inference/test_generator.py has its generator in Python.
 """
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import sacrebleu
+import torch
 from batches import SMALL_OPTIONS
 
 import fairseq_lrn.tasks  # noqa: F401  registers lrn_translation
@@ -105,6 +107,13 @@ def test_interactive_prints_the_same(run, data, checkpoint, test_sentences, opti
     if not options:
         hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data))
         assert hub.translate(lines, beam=3, max_len_b=20) == [words for _, words in printed[1]]
+        tokens = [hub.encode(line) for line in lines[:3]]
+        assert len(hub.generate(tokens, 3, False, True)) == 3
+        other = copy.deepcopy(hub.models[0])
+        with torch.no_grad():
+            other.decoder.output_projection.weight.neg_()
+        hub.models[0] = other
+        assert hub.translate(lines, beam=3, max_len_b=20) != [words for _, words in printed[1]]
 
 
 def test_hub_interface_of_a_model_trained_with_the_task(run, data, checkpoint, tmp_path):
