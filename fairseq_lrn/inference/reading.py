@@ -217,7 +217,8 @@ def _check(name: str, module: nn.Module) -> None:
         raise Unknown(f"{name}.{[*module._buffers, *tensors][0]} is no parameter")
     if kind is LRN and module.bias != (module._parameters.get("bias_ih_l0") is not None):
         raise Unknown(f"{name} has a bias that does not count")
-    own = [attribute for attribute in vars(module) if hasattr(kind, attribute) and attribute != "train"]
+    harmless = {"train", "_compiled_call_impl"}
+    own = [attribute for attribute in vars(module).keys() - harmless if hasattr(kind, attribute)]
     if own and not (own == ["forward"] and _is_checkpointed(module)):
         raise Unknown(f"{name} has a {own[0]} of its own")
     if kind is nn.LayerNorm and None in (module.weight, module.bias):

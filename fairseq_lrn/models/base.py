@@ -136,13 +136,14 @@ def prepared(part: Any) -> Any:
     return translator.native()
 
 
-def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
+def find_padding(tokens: Tensor, padding_idx: int, compiled: bool = False) -> Optional[Tensor]:
     """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
 
-    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
+    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask,
+    and also for layers that are ``compiled``.
     """
     mask = tokens.eq(padding_idx)
-    if torch.compiler.is_compiling() or bool(mask.any()):
+    if compiled or torch.compiler.is_compiling() or bool(mask.any()):
         return mask
     return None
 
