@@ -43,16 +43,18 @@ inline int64_t unit_stride(ComputeType type, int64_t features) {
 // Writes rows of floats as rows of that type.
 void convert(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y);
 
-// y = W x + b. A panel has the weights of kPanel outputs, the outputs of one unit after another.
+// y = W x + b. A panel has rows of kPanel outputs: what their sums begin with, that is the bias, or
+// what takes the 128 added to features away again; the weights of one unit after another; and of int8
+// the scales and the bias.
 struct PackedLinear {
   ComputeType type;
   int64_t in, out;
-  float *weights, *bias;  // (panels, units, kPanel), (panels, kPanel)
-  float* scales;          // as bias, where the type is int8, and
-  int32_t* offsets;       // what sums of products begin with, for 128 was added to features
+  float* data;
 
   int64_t panels() const { return (out + kPanel - 1) / kPanel; }
-  int64_t panel_size() const { return units(type, in) * kPanel; }
+  int64_t panel_size() const {
+    return (units(type, in) + (type == ComputeType::kInt8 ? 3 : 1)) * kPanel;
+  }
 };
 
 // Writes the weights of one output.
