@@ -105,7 +105,11 @@ def build_generator(
     cfg = Namespace(generation=GenerationConfig(**options))
     for model in models if prepared else []:
         model.prepare_for_inference_(cfg)
-    config = LRNTranslationConfig(compute_type=compute_type) if issubclass(task, LRNTranslationTask) else TranslationConfig()
+    config = (
+        LRNTranslationConfig(compute_type=compute_type)
+        if issubclass(task, LRNTranslationTask)
+        else TranslationConfig()
+    )
     made = task(config, models[0].encoder.dictionary, models[0].decoder.dictionary)
     generator = made.build_generator(
         models, cfg.generation, extra_gen_cls_kwargs=extra, prefix_allowed_tokens_fn=allowed

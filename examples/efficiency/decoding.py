@@ -3,8 +3,9 @@
     python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
 
 WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
-translate with another task than `translation`; RUN:lrn_translation-int8 and -bfloat16 with that compute type.
-RUN:ctranslate2 and RUN:ctranslate2-int8 translate a Transformer with CTranslate2, if that is installed. The runs take turns; each measurement is its own process.
+translate with another task than `translation`, RUN:lrn_translation-int8 with a compute type. RUN:ctranslate2
+and RUN:ctranslate2-int8 translate a Transformer with CTranslate2, if that is installed. The runs take turns;
+each measurement is its own process.
 """
 
 import argparse

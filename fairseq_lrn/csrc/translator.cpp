@@ -1,7 +1,6 @@
 #include "translator.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/cat.h>
 #include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
@@ -134,6 +133,8 @@ class Packer {
                       const std::string& suffix = "", float filling_bias = 0) {
     const int64_t count = names.size();
     PackedLinear layer{type_, in.padded(), count * out.padded(), nullptr};
+    TORCH_CHECK_VALUE(type_ != ComputeType::kInt8 || layer.in <= 1 << 17, "Translator: ", names[0],
+                      " must have at most 131072 inputs for int8, got ", layer.in);
     layer.data = memory(layer.panels() * layer.panel_size());
     std::vector<float> row(layer.in);
     for (int64_t i = 0; filling_bias != 0 && i < layer.panels() * kPanel; ++i) {
@@ -855,8 +856,7 @@ Tensor Product::forward(const Tensor& x) const {
     input = units;
   }
   const Tensor y = at::empty({rows, row_stride(out_)}, at::kFloat);
-  linear(layer_, {input.data_ptr<float>(), input.size(1)}, rows,
-         {y.data_ptr<float>(), y.size(1)});
+  linear(layer_, {input.data_ptr<float>(), input.size(1)}, rows, {y.data_ptr<float>(), y.size(1)});
   return y.slice(1, 0, out_);
 }
 
@@ -873,10 +873,9 @@ LRN_LIBRARY(m) {
                           double decoder_scale, int64_t pad, int64_t attention_layer,
                           int64_t attention_heads, std::string compute_type) {
         return c10::make_intrusive<Translator>(
-            weights,
-            lrn::TranslatorSettings{activation, activation_fn, output_gate, heads, encoder_scale,
-                                    decoder_scale, pad, attention_layer, attention_heads,
-                                    compute_type});
+            weights, lrn::TranslatorSettings{activation, activation_fn, output_gate, heads,
+                                             encoder_scale, decoder_scale, pad, attention_layer,
+                                             attention_heads, compute_type});
       }))
       .def("encode", [](const intrusive_ptr<Translator>& self,
                         const at::Tensor& src_tokens) { return self->encode(src_tokens); })

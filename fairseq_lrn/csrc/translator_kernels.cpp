@@ -62,7 +62,8 @@ LRN_HD Sums<kDot, kLanes> dot(const Sums<kDot, kLanes>& old, const Floats<kLanes
     } else if constexpr (kDot == Dot::kInt8Widened) {
       const S even = (as<S>(w) << 8) >> 8, odd = as<S>(w) >> 8;
       const S signed_x = as<S>(x ^ static_cast<int32_t>(0x80808080));
-      sums += dot_shorts<kLanes>(even, (signed_x << 8) >> 8) + dot_shorts<kLanes>(odd, signed_x >> 8);
+      sums +=
+          dot_shorts<kLanes>(even, (signed_x << 8) >> 8) + dot_shorts<kLanes>(odd, signed_x >> 8);
     }
 #if defined(__x86_64__)  // GCC keeps the sums of its own functions for these in memory
     if constexpr (kDot == Dot::kBfloat16) {
@@ -82,9 +83,10 @@ template <Dot kDot, int kLanes, int kRows>
 LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows x, Rows y,
                  bool add) {
   constexpr int kVectors = kTileVectors<kLanes>;
+  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn; there are 4 at least
   typedef Floats<kLanes> V;
   typedef Sums<kDot, kLanes> S;
-  constexpr ComputeType kType = is_int8(kDot)             ? ComputeType::kInt8
+  constexpr ComputeType kType = is_int8(kDot)           ? ComputeType::kInt8
                                 : kDot == Dot::kFloat32 ? ComputeType::kFloat32
                                                         : ComputeType::kBfloat16;
   const int64_t end = units(kType, layer.in);
@@ -102,18 +104,21 @@ LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows 
     }
   }
   weights += kPanel;
-  for (int64_t k = 0; k < end; ++k, weights += kPanel) {
-    V w[kVectors];
+  for (int64_t k = 0; k < end; k += kUnits) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      w[c] = load<kLanes>(weights + c * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const float value = x[r][k];
+    for (int i = 0; i < kUnits; ++i, weights += kPanel) {
+      V w[kVectors];
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) {
-        sums[r][c] = dot<kDot, kLanes>(sums[r][c], w[c], value);
+        w[c] = load<kLanes>(weights + c * kLanes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const float value = x[r][k + i];
+#pragma GCC unroll 8
+        for (int c = 0; c < kVectors; ++c) {
+          sums[r][c] = dot<kDot, kLanes>(sums[r][c], w[c], value);
+        }
       }
     }
   }
@@ -141,8 +146,7 @@ template <Dot kDot, int kLanes, int kRows>
 LRN_HD void panel(const PackedLinear& layer, int64_t index, Rows x, Rows y, bool add) {
   constexpr int kColumns = kTileVectors<kLanes> * kLanes;
   for (int64_t column = 0; column < kPanel; column += kColumns) {
-    tile<kDot, kLanes, kRows>(layer, index, column, x,
-                              {y.data + column, y.stride}, add);
+    tile<kDot, kLanes, kRows>(layer, index, column, x, {y.data + column, y.stride}, add);
   }
 }
 
@@ -628,7 +632,8 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
     }
     for (int64_t i = 0; i < choice.extras; ++i) {
       const int64_t word = choice.extra[row * choice.extras + i];
-      panel<kDot, kLanes, 1>(projection, word / kPanel, features.from(row), {scores, kPanel}, false);
+      panel<kDot, kLanes, 1>(projection, word / kPanel, features.from(row), {scores, kPanel},
+                             false);
       write(scores[word % kPanel] * scale, word);
     }
   }

@@ -44,7 +44,6 @@ class LRNTranslationTask(TranslationTask):
         if isinstance(generator, BeamSearchGenerator):
             generator.compute_type = self.cfg.compute_type
         elif self.cfg.compute_type != "float32":
-            raise ValueError(
-                f"--compute-type is {self.cfg.compute_type}, but must be float32 for a {type(generator).__name__}"
-            )
+            kind = type(generator).__name__
+            raise ValueError(f"--compute-type is {self.cfg.compute_type}, but must be float32 for a {kind}")
         return generator
