@@ -9,8 +9,8 @@
 
 namespace lrn {
 
-// From the one least wished for to the best. Loops are compiled for kDefault, kAvx2 and kAvx512; the
-// others have products of int8 and bfloat16 besides, which are instructions by name.
+// From the one least wished for to the best. Loops are compiled for kDefault, kAvx2 and kAvx512;
+// the others have products of int8 and bfloat16 besides, which are instructions by name.
 enum class Isa { kDefault, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 
 // The one in use: the best that runs here, unless FAIRSEQ_LRN_CPU_CAPABILITY or the operator

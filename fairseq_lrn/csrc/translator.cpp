@@ -1,7 +1,7 @@
 #include "translator.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -86,7 +86,7 @@ void Sentences::add(const Sentences& others, int64_t i) {
 }
 
 // Takes weights by name, checks them and packs them.
-class Translator::Packer {
+class Packer {
  public:
   // `count` times `size` features, each time padded for itself: gates, directions, heads.
   struct Parts {
@@ -133,15 +133,14 @@ class Translator::Packer {
   PackedLinear linear(const std::vector<std::string>& names, Parts out, Parts in, float scale = 1,
                       const std::string& suffix = "", float filling_bias = 0) {
     const int64_t count = names.size();
-    PackedLinear layer{type_,   in.padded(), count * out.padded(), nullptr, nullptr,
-                       nullptr, nullptr};
-    const int64_t outputs = layer.panels() * kPanel;
-    layer.weights = memory(layer.panels() * layer.panel_size());
-    layer.bias = memory(outputs);
-    layer.scales = memory(outputs);
-    layer.offsets = reinterpret_cast<int32_t*>(memory(outputs));
-    std::fill_n(layer.bias, outputs, filling_bias);
+    PackedLinear layer{type_, in.padded(), count * out.padded(), nullptr};
+    TORCH_CHECK_VALUE(type_ != ComputeType::kInt8 || layer.in <= 1 << 17, "Translator: ", names[0],
+                      " must have at most 131072 inputs for int8, got ", layer.in);
+    layer.data = memory(layer.panels() * layer.panel_size());
     std::vector<float> row(layer.in);
+    for (int64_t i = 0; filling_bias != 0 && i < layer.panels() * kPanel; ++i) {
+      pack(layer, i, row.data(), filling_bias);
+    }
     for (int64_t part = 0; part < count; ++part) {
       const Tensor weight = take(names[part] + ".weight" + suffix, {out.total(), in.total()});
       const std::string bias_name = names[part] + ".bias" + suffix;
@@ -839,6 +838,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypothes
   return {counts, lengths, scores, words, log_probs, attention};
 }
 
+Product::Product(const Tensor& weight, const Tensor& bias, const std::string& compute_type)
+    : in_(weight.size(-1)), out_(weight.size(0)) {
+  Weights weights;
+  weights.insert("layer.weight", weight);
+  weights.insert("layer.bias", bias);
+  layer_ = Packer(weights, parse_compute_type(compute_type), packed_)
+               .linear({"layer"}, {1, out_}, {1, in_});
+}
+
+Tensor Product::forward(const Tensor& x) const {
+  check_float("x", x, 2);
+  TORCH_CHECK_VALUE(x.size(1) == in_, "x must have ", in_, " features, got ", x.size(1));
+  Tensor input = at::constant_pad_nd(x, {0, layer_.in - in_}).contiguous();
+  const int64_t rows = x.size(0);
+  if (layer_.type != ComputeType::kFloat32) {
+    const Tensor units = at::empty({rows, unit_stride(layer_.type, layer_.in)}, at::kFloat);
+    convert(layer_.type, {input.data_ptr<float>(), layer_.in}, rows, layer_.in,
+            {units.data_ptr<float>(), units.size(1)});
+    input = units;
+  }
+  const Tensor y = at::empty({rows, row_stride(out_)}, at::kFloat);
+  linear(layer_, {input.data_ptr<float>(), input.size(1)}, rows, {y.data_ptr<float>(), y.size(1)});
+  return y.slice(1, 0, out_);
+}
+
 }  // namespace lrn
 
 LRN_LIBRARY(m) {
@@ -862,6 +886,9 @@ LRN_LIBRARY(m) {
            [](const intrusive_ptr<Translator>& self, const at::Tensor& encoder_out,
               const Optional& padding_mask) { return self->project(encoder_out, padding_mask); })
       .def("step", &Translator::step);
+  m.class_<lrn::Product>("Product")
+      .def(torch::init<at::Tensor, at::Tensor, std::string>())
+      .def("forward", &lrn::Product::forward);
   m.class_<Translation>("Translation")
       .def(torch::init([](const intrusive_ptr<Translator>& translator, const at::Tensor& src_tokens,
                           int64_t beam_size, int64_t min_length, int64_t max_length, int64_t bos,

@@ -21,6 +21,8 @@ namespace lrn {
 // Weights by their names in the model's state_dict, a Linear's or LayerNorm's as those of a module.
 using Weights = c10::Dict<std::string, at::Tensor>;
 
+class Packer;
+
 // Memory at addresses that vectors like, in huge pages; it grows and keeps nothing.
 class Buffer {
  public:
@@ -225,8 +227,6 @@ class Translator : public torch::CustomClassHolder {
   void give_back(std::unique_ptr<Share> share) const;
 
  private:
-  class Packer;
-
   void encode_block(const EncoderLayer& layer, const Sentences& sentences, int64_t begin,
                     int64_t end, Rows x, Scratch& scratch) const;
   void decode_block(int64_t layer, const DecoderStep& step, int64_t begin, int64_t end, Rows x,
@@ -249,6 +249,20 @@ class Translator : public torch::CustomClassHolder {
 
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Share>> shares_;  // that wait for sentences
+};
+
+// One of the products alone, to test and to time.
+class Product : public torch::CustomClassHolder {
+ public:
+  Product(const at::Tensor& weight, const at::Tensor& bias, const std::string& compute_type);
+
+  // (rows, in) to (rows, out)
+  at::Tensor forward(const at::Tensor& x) const;
+
+ private:
+  int64_t in_, out_;
+  std::vector<std::unique_ptr<Buffer>> packed_;
+  PackedLinear layer_;
 };
 
 }  // namespace lrn

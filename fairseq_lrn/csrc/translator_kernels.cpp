@@ -80,38 +80,45 @@ LRN_HD Sums<kDot, kLanes> dot(const Sums<kDot, kLanes>& old, const Floats<kLanes
 
 // kRows rows meet kTileVectors vectors of outputs.
 template <Dot kDot, int kLanes, int kRows>
-LRN_HD void tile(const PackedLinear& layer, const float* weights, int64_t output, Rows x, Rows y,
+LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows x, Rows y,
                  bool add) {
   constexpr int kVectors = kTileVectors<kLanes>;
+  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn; there are 4 at least
   typedef Floats<kLanes> V;
   typedef Sums<kDot, kLanes> S;
-  const int64_t end = units(layer.type, layer.in);
+  constexpr ComputeType kType = is_int8(kDot)           ? ComputeType::kInt8
+                                : kDot == Dot::kFloat32 ? ComputeType::kFloat32
+                                                        : ComputeType::kBfloat16;
+  const int64_t end = units(kType, layer.in);
+  const float* weights = layer.data + index * (end + (is_int8(kDot) ? 3 : 1)) * kPanel + column;
   S sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int c = 0; c < kVectors; ++c) {
-    S start{};
-    if constexpr (kDot == Dot::kInt8) {
-      std::memcpy(&start, layer.offsets + output + c * kLanes, sizeof(start));
-    } else if constexpr (!is_int8(kDot)) {
-      start = load<kLanes>(layer.bias + output + c * kLanes);
+    S start = {};
+    if constexpr (kDot != Dot::kInt8Widened) {
+      std::memcpy(&start, weights + c * kLanes, sizeof(start));
     }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sums[r][c] = start;
     }
   }
-  for (int64_t k = 0; k < end; ++k, weights += kPanel) {
-    V w[kVectors];
+  weights += kPanel;
+  for (int64_t k = 0; k < end; k += kUnits) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      w[c] = load<kLanes>(weights + c * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const float value = x[r][k];
+    for (int i = 0; i < kUnits; ++i, weights += kPanel) {
+      V w[kVectors];
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) {
-        sums[r][c] = dot<kDot, kLanes>(sums[r][c], w[c], value);
+        w[c] = load<kLanes>(weights + c * kLanes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const float value = x[r][k + i];
+#pragma GCC unroll 8
+        for (int c = 0; c < kVectors; ++c) {
+          sums[r][c] = dot<kDot, kLanes>(sums[r][c], w[c], value);
+        }
       }
     }
   }
@@ -121,11 +128,10 @@ LRN_HD void tile(const PackedLinear& layer, const float* weights, int64_t output
     for (int c = 0; c < kVectors; ++c) {
       V result;
       if constexpr (is_int8(kDot)) {
-        const int64_t first = output + c * kLanes;
         result = __builtin_convertvector(sums[r][c], V) * x[r][end];
-        result *= load<kLanes>(layer.scales + first);
+        result *= load<kLanes>(weights + c * kLanes);
         round_here(result);
-        result += load<kLanes>(layer.bias + first);
+        result += load<kLanes>(weights + kPanel + c * kLanes);
       } else {
         result = sums[r][c];
       }
@@ -139,10 +145,8 @@ LRN_HD void tile(const PackedLinear& layer, const float* weights, int64_t output
 template <Dot kDot, int kLanes, int kRows>
 LRN_HD void panel(const PackedLinear& layer, int64_t index, Rows x, Rows y, bool add) {
   constexpr int kColumns = kTileVectors<kLanes> * kLanes;
-  const float* weights = layer.weights + index * layer.panel_size();
   for (int64_t column = 0; column < kPanel; column += kColumns) {
-    tile<kDot, kLanes, kRows>(layer, weights + column, index * kPanel + column, x,
-                              {y.data + column, y.stride}, add);
+    tile<kDot, kLanes, kRows>(layer, index, column, x, {y.data + column, y.stride}, add);
   }
 }
 
@@ -680,24 +684,29 @@ void convert(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y) {
 void pack(const PackedLinear& layer, int64_t output, const float* row, float bias) {
   std::vector<float> packed(unit_stride(layer.type, layer.in));
   convert(layer.type, {const_cast<float*>(row), 0}, 1, layer.in, {packed.data(), 0});
-  const int64_t count = units(layer.type, layer.in), column = output % kPanel;
-  float* weights = layer.weights + output / kPanel * layer.panel_size() + column;
-  int32_t sum = 0;
-  for (int64_t k = 0; k < count; ++k) {
-    uint8_t bytes[4];
-    std::memcpy(bytes, &packed[k], sizeof(bytes));
-    if (layer.type == ComputeType::kInt8) {
-      for (uint8_t& byte : bytes) {
-        byte ^= 128;
-        sum += static_cast<int8_t>(byte);
-      }
-    }
-    std::memcpy(weights + k * kPanel, bytes, sizeof(bytes));
-  }
-  layer.bias[output] = bias;
+  const int64_t count = units(layer.type, layer.in);
+  float* to = layer.data + output / kPanel * layer.panel_size() + output % kPanel;
+  const auto put = [&to](const auto& value) {
+    std::memcpy(to, &value, sizeof(*to));
+    to += kPanel;
+  };
   if (layer.type == ComputeType::kInt8) {
-    layer.scales[output] = packed[count];
-    layer.offsets[output] = -128 * sum;
+    int8_t* bytes = reinterpret_cast<int8_t*>(packed.data());
+    int32_t sum = 0;
+    for (int64_t i = 0; i < layer.in; ++i) {
+      bytes[i] ^= -128;
+      sum += bytes[i];
+    }
+    put(-128 * sum);
+  } else {
+    put(bias);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    put(packed[k]);
+  }
+  if (layer.type == ComputeType::kInt8) {
+    put(packed[count]);
+    put(bias);
   }
 }
 

@@ -68,12 +68,10 @@ class BeamSearchGenerator(SequenceGenerator):
         autocast = torch._C._is_any_autocast_enabled()
         native = self.translator.native(self.compute_type) if plain and not autocast else None
         if native is None and self.compute_type != "float32":
-            why = "this is no plain beam search with one model"
-            if plain:
-                why = "autocast is on" if autocast else self.translator.reason
+            reason = "autocast is on" if autocast else self.translator.reason
             raise ValueError(
-                f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules translate: "
-                f"{why}"
+                f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules "
+                f"translate, as here: {reason if plain else 'this is no plain beam search with one model'}"
             )
         if native is None and not (plain and _is_unchanged(self.model.single_model)):
             return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))

@@ -38,6 +38,7 @@ class Translator:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._packed: Optional[Tuple[Snapshot, Dict[str, Any]]] = None  # native translators by compute type
+        self._native: Any = None  # the one whose parts stand in for the model's own
         self._lock = threading.Lock()
         self.reason: Optional[str] = None
 
@@ -91,6 +92,8 @@ class Translator:
         if reason is not None and reason != self.reason:
             logger.info("the model translates with PyTorch's modules: %s", reason)
         self.reason = reason
+        if compute_type == "float32":
+            self._native = native
         return native
 
     def search(self, native: Any, src_tokens: Tensor, *arguments: Any) -> Tuple[Tensor, ...]:

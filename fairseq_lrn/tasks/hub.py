@@ -106,8 +106,7 @@ def from_pretrained(
         task = LRNTranslationTask(task.cfg, task.src_dict, task.tgt_dict)
     if compute_type is not None:
         if not isinstance(task, LRNTranslationTask):
-            raise ValueError(
-                f"compute_type is for the task lrn_translation, but the task is {task.cfg._name}"
-            )
+            kind = type(task).__name__
+            raise ValueError(f"compute_type needs the task lrn_translation, but the task is a {kind}")
         task.cfg.compute_type = compute_type
     return TranslationHub(found["args"], task, found["models"])

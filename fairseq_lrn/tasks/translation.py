@@ -41,10 +41,10 @@ class LRNTranslationTask(TranslationTask):
                     "print_alignment": args.print_alignment,
                 }
         generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
+        compute_type = getattr(self.cfg, "compute_type", "float32")  # the options may be fairseq's
         if isinstance(generator, BeamSearchGenerator):
-            generator.compute_type = self.cfg.compute_type
-        elif self.cfg.compute_type != "float32":
-            raise ValueError(
-                f"--compute-type is {self.cfg.compute_type}, but must be float32 for a {type(generator).__name__}"
-            )
+            generator.compute_type = compute_type
+        elif compute_type != "float32":
+            kind = type(generator).__name__
+            raise ValueError(f"--compute-type is {compute_type}, but must be float32 for a {kind}")
         return generator
