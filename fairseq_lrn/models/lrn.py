@@ -82,7 +82,7 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
 
     @classmethod
     def from_namespace(cls, args: Any) -> "LRNConfig":
-        """As :meth:`CellConfig.from_namespace`; a checkpoint, for which fairseq keeps ``args``, does not compile."""
+        """As :meth:`CellConfig.from_namespace`; ``args``, which fairseq saves, no longer says ``compile``."""
         config = super().from_namespace(args)
         if config is not args and config.compile:
             whole = OmegaConf.select(args._get_root(), "model") if isinstance(args, DictConfig) else None
@@ -111,8 +111,8 @@ class LRNModel(EncoderDecoderModel):
         """As :meth:`EncoderDecoderModel.build_model`; attention is trained if ``task`` loads alignments.
 
         Raises:
-            ValueError: also for a layer that is not there, or that training with alignments may leave out, and
-                for what cannot be compiled
+            ValueError: also for a layer that is not there or that training with alignments may leave out, and for
+                what cannot be compiled
         """
         model = super().build_model(cfg, task)
         layer, layers = model.decoder.alignment_layer, model.cfg.decoder_layers
