@@ -147,9 +147,13 @@ def _is_unchanged(model: Any) -> bool:
     if type(model) not in (DeepNMTModel, LRNModel) or model.decoder.output_projection is None:
         return False
     parts = {model.encoder: model.encoder_class, model.decoder: model.decoder_class}
-    return "get_normalized_probs" not in vars(model) and replaced_method() is None and all(
-        type(part) is kind and not any(hasattr(kind, name) for name in vars(part))
-        for part, kind in parts.items()
+    return (
+        "get_normalized_probs" not in vars(model)
+        and replaced_method() is None
+        and all(
+            type(part) is kind and not any(hasattr(kind, name) for name in vars(part))
+            for part, kind in parts.items()
+        )
     )
 
 
