@@ -44,6 +44,15 @@ def rows(output):
     return [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
 
 
+def test_products_prints_every_contender(benchmark):
+    status, output = benchmark("products.py", "--shapes", "3,8,20", "1,40,7", "--repetitions", "1")
+    assert status == 0, output
+    header, *table = rows(output)
+    assert header[1:4] == ["float32", "bfloat16", "int8"] and len(header) == 7
+    assert [row[0] for row in table] == ["3, 8, 20", "1, 40, 7"]
+    assert all(len(row) == 7 for row in table)
+
+
 def test_benchmark_prints_every_contender_and_writes_json(benchmark, tmp_path):
     options = "--shapes 3,2,8 4,1,4 --threads 1 2 --repetitions 1 --json out.json".split()
     status, output = benchmark("benchmark.py", *options)
