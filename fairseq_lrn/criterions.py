@@ -24,8 +24,8 @@ from .modules.loss import linear_cross_entropy
 class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
     """``label_smoothed_cross_entropy`` in less memory: scores are made of a few words at a time.
 
-    That is with ``lrn`` and ``deepnmt`` in float32 and bfloat16. All else is fairseq's own: other models, float16,
-    autocast, FSDP, an output projection that is no plain ``nn.Linear``, ``--report-accuracy`` and
+    That is with ``lrn`` and ``deepnmt`` in float32 and bfloat16. All else is fairseq's own: other models,
+    float16, autocast, FSDP, an output projection that is no plain ``nn.Linear``, ``--report-accuracy`` and
     ``--ignore-prefix-size``.
     """
 

@@ -1,8 +1,8 @@
 """How speed and memory of training grow with length and width: LRN beside the Transformer and nn.LSTM.
 
-    python growth.py [--lengths 16 64 256 1024 4096] [--widths 128 256 512 1024] [--json FILE] [--plot FILE.png]
+    python growth.py [--lengths 16 64 256] [--widths 128 256] [--json FILE] [--plot FILE.png]
 
-Each model has 2 + 2 layers and reads random sentences of one length. LRN and LSTM are the cells of ``lrn``, the
+Each model has 2 + 2 layers and reads random sentences of one length. LRN and LSTM are cells of ``lrn``. The
 Transformer is fairseq's, normalising before. On the CPU they run in float32, on a GPU in float16.
 """
 
@@ -42,8 +42,8 @@ def measure(name: str, length: int, width: int, tokens: int, words: int, seconds
     """Train ``name`` on batches of ``tokens`` target words, in sentences of ``length``.
 
     Returns:
-        words_per_second, the median of the steps, and memory, MiB at the peak beyond what the process had; None
-        where a GPU has too little memory
+        words_per_second, the median of the steps, and memory, MiB at the peak beyond what the process had;
+        None where a GPU has too little memory
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if CUDA else "cpu")

@@ -111,8 +111,7 @@ class LRNModel(EncoderDecoderModel):
         """As :meth:`EncoderDecoderModel.build_model`; attention is trained if ``task`` loads alignments.
 
         Raises:
-            ValueError: also for a layer that is not there or that training with alignments may leave out, and for
-                what cannot be compiled
+            ValueError: also for a layer that is not there, or that training with alignments may leave out
         """
         model = super().build_model(cfg, task)
         layer, layers = model.decoder.alignment_layer, model.cfg.decoder_layers

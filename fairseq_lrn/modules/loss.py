@@ -51,8 +51,8 @@ def linear_cross_entropy(
 ) -> Tuple[Tensor, Tensor]:
     """Return the loss of scores ``x @ weight.T`` without an array of all of them, and without smoothing.
 
-    It is fairseq's ``label_smoothed_nll_loss``: each wrong word gets label_smoothing / (V - 1). The softmax and
-    sums are in float32.
+    It is fairseq's ``label_smoothed_nll_loss``: each wrong word gets label_smoothing / (V - 1). The softmax
+    and the sums are in float32.
 
     Args:
         x: (N, C), float32 or bfloat16

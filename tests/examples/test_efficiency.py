@@ -230,3 +230,21 @@ def test_decoding_names_the_run_that_fails(benchmark, translated):
     assert "late:unheard_of: fairseq-generate failed:" in output
     assert "invalid choice: 'unheard_of'" in output
     assert "Traceback" not in output
+
+
+def test_growth_measures_each_model_at_each_size(benchmark, tmp_path):
+    words = "--lengths 3 5 --widths 8 --length 4 --width 16 --tokens 8 --words 20 --seconds 0".split()
+    status, output = benchmark("growth.py", *words, "--json", "out.json", "--plot", "out.png")
+    assert status == 0, output
+    report = json.loads((tmp_path / "out.json").read_text())
+    names = ["LRN", "Transformer", "LSTM"]
+    found = {
+        axis: [(x["model"], x["length"], x["width"]) for x in report[axis]] for axis in ("length", "width")
+    }
+    assert found == {
+        "length": [(name, length, 16) for length in (3, 5) for name in names],
+        "width": [(name, 4, 8) for name in names],
+    }
+    assert all(x["words_per_second"] > 0 for axis in found for x in report[axis])
+    assert len(rows(output)) == 1 + 9
+    assert (tmp_path / "out.png").stat().st_size > 0
