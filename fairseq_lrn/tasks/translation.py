@@ -42,7 +42,7 @@ class LRNTranslationTask(TranslationTask):
                 }
         generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
         if isinstance(generator, BeamSearchGenerator):
-            generator.compute_type = self.cfg.compute_type
+            generator.compute_type = str(self.cfg.compute_type)  # which may be an Enum
         elif self.cfg.compute_type != "float32":
             kind = type(generator).__name__
             raise ValueError(f"--compute-type is {self.cfg.compute_type}, but must be float32 for a {kind}")
