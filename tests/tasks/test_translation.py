@@ -11,7 +11,6 @@ import pytest
 import sacrebleu
 import torch
 from batches import SMALL_OPTIONS
-from omegaconf import open_dict
 
 import fairseq_lrn.tasks  # noqa: F401  registers lrn_translation
 from fairseq_lrn.inference import COMPUTE_TYPES
@@ -140,9 +139,8 @@ def test_compute_types(run, data, checkpoint, test_sentences):
 def test_compute_types_of_a_model_trained_with_another_task(data, checkpoint):
     """With ``translation`` it gets ours, unless that task is named."""
     state = torch.load(checkpoint, weights_only=False)
-    with open_dict(state["cfg"]):
-        state["cfg"]["task"]["_name"] = "translation"
-        del state["cfg"]["task"]["compute_type"]
+    state["cfg"]["task"]["_name"] = "translation"
+    del state["cfg"]["task"]["compute_type"]
     torch.save(state, checkpoint.parent / "translation.pt")
     load = functools.partial(LRNModel.from_pretrained, checkpoint.parent, "translation.pt", str(data))
     assert load(compute_type="int8").task.cfg.compute_type == "int8"
