@@ -41,7 +41,7 @@ class LRNTranslationTask(TranslationTask):
                     "print_alignment": args.print_alignment,
                 }
         generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
-        compute_type = getattr(self.cfg, "compute_type", "float32")  # the options may be fairseq's
+        compute_type = str(getattr(self.cfg, "compute_type", "float32"))  # fairseq's options have none
         if isinstance(generator, BeamSearchGenerator):
             generator.compute_type = compute_type
         elif compute_type != "float32":

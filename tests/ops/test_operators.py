@@ -275,7 +275,7 @@ print(lrn_scan(torch.zeros(2, 1, 3)).shape)
 
 def test_instruction_set():
     """It is chosen by name, at first from the environment; what is unknown or not there is an error."""
-    known = "must be default.* on this machine, but is 'sse'"
+    known = "must be one of default.* on this machine, but is 'sse'"
     with pytest.raises(ValueError, match=f"name {known}"):
         OPERATORS.set_cpu_capability("sse")
     for name, expected in (("default", "default"), ("", OPERATORS.cpu_capability())):

@@ -4,6 +4,7 @@ tests/inference/test_generator.py has its generator in Python.
 """
 
 import copy
+import functools
 import re
 from pathlib import Path
 
@@ -143,12 +144,16 @@ def test_compute_types(run, data, checkpoint, test_sentences):
     assert scores[1] == pytest.approx(scores[0], abs=0.1) and scores[2] == pytest.approx(scores[0], abs=0.5)
 
 
-def test_wrong_compute_types(run, data, checkpoint):
-    with pytest.raises(
-        ValueError, match="compute_type is 'int4', but must be one of float32, bfloat16, int8"
-    ):
-        LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data), compute_type="int4")
+def test_compute_types_of_a_model_trained_with_another_task(data, checkpoint):
+    """With ``translation`` it gets ours, unless that task is named."""
+    state = torch.load(checkpoint, weights_only=False)
+    state["cfg"]["task"]["_name"] = "translation"
+    del state["cfg"]["task"]["compute_type"]
+    torch.save(state, checkpoint.parent / "translation.pt")
+    load = functools.partial(LRNModel.from_pretrained, checkpoint.parent, "translation.pt", str(data))
+    assert load(compute_type="int8").task.cfg.compute_type == "int8"
+    assert load().task.cfg.compute_type == "float32"
+    with pytest.raises(ValueError, match="is 'int4', but must be one of float32, bfloat16, int8"):
+        load(compute_type="int4")
     with pytest.raises(ValueError, match="needs the task lrn_translation, but the task is a TranslationTask"):
-        LRNModel.from_pretrained(
-            checkpoint.parent, checkpoint.name, str(data), task="translation", compute_type="int8"
-        )
+        load(compute_type="int8", task="translation")
