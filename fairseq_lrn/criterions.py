@@ -53,7 +53,7 @@ class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
     @staticmethod
     def weight(model: nn.Module) -> Optional[Tensor]:
         """Return the weight of a plain output projection, or None where there is another."""
-        decoder = getattr(model, "decoder", None)
+        decoder: Any = getattr(model, "decoder", None)
         known = type(decoder) in (LRNDecoder, DeepNMTDecoder) and is_plain(decoder, type(decoder))
         if not known or isinstance(model, FullyShardedDataParallel):
             return None

@@ -328,3 +328,13 @@ def test_compiled_layers_train_as_others():
 def test_what_cannot_be_compiled_is_refused(options):
     with pytest.raises(ValueError, match="--compile is"):
         build(compile=True, **options)
+
+
+def test_what_fairseq_saves_of_a_yaml_file_does_not_compile():
+    from fairseq.models import build_model
+    from omegaconf import OmegaConf
+
+    whole = OmegaConf.create({"model": {**SMALL, "_name": "lrn", "compile": True}})
+    model = build_model(whole.model, task())
+    assert model.encoder.layers[0]._compiled_call_impl is not None
+    assert whole.model.compile is False
