@@ -245,7 +245,7 @@ class Recipe:
         try:
             return Run(name, OmegaConf.to_container(tree, resolve=True))
         except OmegaConfBaseException as error:
-            raise Refused(f"{error.full_key}: {error.msg}") from error
+            raise Refused(f"the settings of {name} refer to nothing: {error}".split("\n")[0]) from error
 
     def training(self, run: Run) -> Dict[str, Dict[str, Any]]:
         """Return the settings of fairseq-hydra-train, without those of translating."""

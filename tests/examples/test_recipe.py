@@ -140,7 +140,7 @@ def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
         ("model.dropout=much", "model.dropout is 'much': "),
         ("min_count=???", "min_count is '???', which is no value of a YAML file"),
         ("model.dropout=???", "model.dropout is '???', which is no value of a YAML file"),
-        ("model.dropout=${nope}", "model.dropout: "),
+        ("model.dropout=${no}", "the settings of lrn refer to nothing: "),
         ("task._name=[a]", "task._name is ['a'], which fairseq does not know"),
         ("models=", "models is empty, but must have at least one architecture"),
         ("models=[]", "models is empty, but must have at least one architecture"),
@@ -170,7 +170,7 @@ def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words)
     [
         (lambda text: text.replace("models: [", "models: [["), "sst2.yaml, line "),
         (lambda text: text.replace("dropout: 0.5", "dropout: ???"), "model.dropout has no value"),
-        (lambda text: text.replace("dropout: 0.5", "dropout: ${no}"), "model.dropout: "),
+        (lambda text: text.replace("dropout: 0.5", "dropout: ${no}"), "settings of lrn refer to nothing: "),
         (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must be of lrn, "),
         (lambda text: b"\xff", "sst2.yaml: 'utf-8' codec can't decode"),
         (lambda text: "- lrn", "sst2.yaml has no settings"),
