@@ -16,7 +16,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable, Deque, Iterable, Iterator, Sequence, Union
+from typing import Callable, Deque, Iterable, Iterator, Optional, Sequence, Union
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "fairseq_lrn"
@@ -135,13 +135,13 @@ def alone(name: str) -> Iterator[None]:
         yield
 
 
-def enter(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """Return the script's arguments, inside the environment: where it runs outside, it is run again.
+def enter(parser: argparse.ArgumentParser, words: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    """Return the arguments in ``words``, or else the script's, inside the environment.
 
-    The environment is completed where it is not what this tree needs. A ``.venv`` of the user's own is added
-    to, not replaced.
+    Where the script runs outside, it is run again. The environment is completed where it is not what this
+    tree needs. A ``.venv`` of the user's own is added to, not replaced.
     """
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args(words)
     if sys.version_info < (3, 11):
         sys.exit(f"{parser.prog} needs Python 3.11 or later, but this is {sys.version.split()[0]}")
     sources = [ROOT / "setup.py", ROOT / "pyproject.toml", *sorted(PACKAGE.glob("csrc/*"))]

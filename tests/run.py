@@ -37,7 +37,8 @@ if __name__ == "__main__":
     parser.add_argument("--all", action="store_true", help="also check fairseq's own models beside lrn")
     parser.add_argument("--style", action="store_true", help="check the style only")
     parser.add_argument("pytest", nargs="*", help="files of tests, or pytest's options after --")
-    arguments = enter(parser)
+    dashes = [*sys.argv, "--"].index("--")
+    arguments = enter(parser, sys.argv[1:dashes])
     os.chdir(ROOT)
     with alone("style"):
         check_style()
@@ -47,4 +48,4 @@ if __name__ == "__main__":
     # A file's tests share what they have trained, so they stay together; conftest.py has their order.
     options = ["-n", "auto", "--maxprocesses", "4", "--dist", "loadfile", "--no-loadscope-reorder"]
     options += ["--durations", "10", *(["--all"] if arguments.all else [])]
-    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *options, *arguments.pytest])
+    os.execv(PYTHON, [str(PYTHON), "-m", "pytest", *options, *arguments.pytest, *sys.argv[dashes + 1 :]])

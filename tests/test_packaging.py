@@ -53,6 +53,10 @@ def built(tree, tmp_path_factory):
     """An sdist of the tree and a wheel made of that, on a machine without CUDA and without a compiler."""
     pytest.importorskip("build")
     folder = tmp_path_factory.mktemp("dist")
+    for name in ("text/train.en", "text/notes.md", "runs/lrn/train.yaml", "runs/lrn/checkpoint_last.pt"):
+        for work in (tree / "examples/work", tree / "examples/translation/work"):  # of recipes
+            (work / name).parent.mkdir(parents=True, exist_ok=True)
+            (work / name).touch()
     command = ["build", "--no-isolation", "--skip-dependency-check", "--outdir", folder, tree]
     done = subprocess.run(
         [sys.executable, "-m", *command],
@@ -71,7 +75,7 @@ def test_an_sdist_holds_what_git_tracks(tracked, built):
         held = {name.partition("/")[2] for name in sdist.getnames()}
     assert {name for name in tracked if not name.startswith(".")} <= held
     assert "fairseq_lrn/csrc/lrn_cuda.cu" in held
-    assert not [name for name in held if name.endswith((".so", ".pyc"))]
+    assert not [name for name in held if name.endswith((".so", ".pyc")) or "/work/" in name]
 
 
 def test_a_wheel_holds_the_package(tracked, built):

@@ -14,6 +14,7 @@ from recipe import (  # noqa: F401  some for the recipes
     Refused,
     Run,
     blanks,
+    check_label,
     lengths,
     lines,
     main,
@@ -88,8 +89,7 @@ class Sentences(Recipe):
             for line, label, texts in self.rows(split):
                 if not label:
                     raise line.refuse("there is no label")
-                if blanks(label) != label or " " in label:
-                    raise line.refuse(f"the label {label!r} has a blank in it")
+                check_label(line, "label", label)
                 if not all(text.strip() for text in texts):
                     raise line.refuse(f"the label {label} is without text")
                 if split == "train":

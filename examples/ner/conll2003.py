@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import PART, Line, Recipe, Refused, Run, lines, main, package, say, written
+from recipe import PART, Line, Recipe, Refused, Run, check_label, lines, main, package, say, written
 
 FILES = {"train": "eng.train", "valid": "eng.testa", "test": "eng.testb"}
 # prefixes of what begins and continues an entity, and, where told apart, ends it or is one of one word
@@ -30,6 +30,7 @@ def sentences(text: Iterable[Line], columns: Set[int]) -> Iterator[List[Word]]:
             if len(columns) > 1 or len(row) < 2:
                 others = max(2, *(columns - {len(row)} or {0}))
                 raise line.refuse(f"there are {len(row)} columns, but must be {others}")
+            check_label(line, "tag", row[-1])
             sentence.append((line, re.sub(r"\s", "_", row[0]), row[-1]))
         elif sentence:
             yield sentence

@@ -22,9 +22,21 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence
 
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from .settings import near, own_value, read_option, resolve
-from .text import BROKEN, Line, Refused, blanks, digest, lines, numbered, say, written  # noqa: F401
+from .settings import near, own_value, read_file, read_option, resolve
+from .text import (  # noqa: F401  some for the recipes
+    BROKEN,
+    Line,
+    Refused,
+    blanks,
+    check_label,
+    digest,
+    lines,
+    numbered,
+    say,
+    written,
+)
 from .work import PART, Work, difference, log_name, package
 
 LOCAL = re.compile(r"(path|dir|file|model)$")  # options that name a file
@@ -35,6 +47,8 @@ SET_BY_RECIPE = {
     "task.source_lang": "the recipe has its languages",
     "task.target_lang": "the recipe has its languages",
     "checkpoint.save_dir": "give --work and run=NAME",
+    "checkpoint.no_save": "the checkpoints are evaluated",
+    "checkpoint.no_last_checkpoints": "an interrupted run goes on from the last",
     "model._name": "give models=NAME",
 }
 
@@ -63,11 +77,9 @@ class Recipe:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.name = Path(self.script).stem
-        self.defaults = OmegaConf.to_container(
-            OmegaConf.load(Path(self.script).with_suffix(".yaml")), resolve=False
-        )
+        self.defaults = read_file(Path(self.script).with_suffix(".yaml"))
         own = [name for name, value in self.defaults.items() if not isinstance(value, dict)]
-        self.config = {name: self.defaults[name] for name in own}
+        self.config = {name: own_value(name, self.defaults[name], self.defaults[name]) for name in own}
         module = sys.modules[type(self).__module__]
         parser = argparse.ArgumentParser(
             prog=Path(self.script).name,
@@ -225,11 +237,15 @@ class Recipe:
             name = str(self.config["run"])
             if len(self.config["models"]) > 1:
                 name = f"{name}-{model}"
-        if not re.fullmatch(r"[^./\s][^/\n\r]*", name):
+        if not re.fullmatch(r"[^./:\s][^/:\n\r]*", name):  # fairseq takes a colon for the end of a path
             raise Refused(
-                f"run is {name!r}, but must be the name of a folder that begins with no dot or blank"
+                f"run is {name!r}, but must be the name of a folder that has no colon and begins with no dot "
+                "or blank"
             )
-        return Run(name, OmegaConf.to_container(tree, resolve=True))
+        try:
+            return Run(name, OmegaConf.to_container(tree, resolve=True))
+        except OmegaConfBaseException as error:
+            raise Refused(f"the settings of {name} refer to nothing: {error}".split("\n")[0]) from error
 
     def training(self, run: Run) -> Dict[str, Dict[str, Any]]:
         """Return the settings of fairseq-hydra-train, without those of translating."""
@@ -276,6 +292,8 @@ class Recipe:
             work.steps[step] = entry
             work.save()
             folder.mkdir(parents=True, exist_ok=True)
+            if log.exists() and not (work.folder / last).exists():
+                log.unlink()  # of an attempt that left nothing to go on from
             OmegaConf.save(OmegaConf.create(config), str(folder / "train.yaml"))
             say(f"   log: {log}")
         work.run(words, log, run.folder)

@@ -3,12 +3,30 @@
 import argparse
 import difflib
 import re
+from pathlib import Path
 from typing import Any, Dict, Iterable, Tuple
 
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from .text import Refused
 from .work import package
+
+LISTS = ("models", "compare", "languages", "train", "valid", "test", "urls")  # of a recipe's own settings
+
+
+def read_file(path: Path) -> Dict[str, Any]:
+    """Return the settings of a YAML file, with the references among them as they are."""
+    try:
+        read = OmegaConf.to_container(OmegaConf.load(path))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where, reason = f", line {mark.line + 1}" if mark else "", getattr(error, "problem", str(error))
+        raise Refused(f"{path}{where}: {reason}".split("\n")[0]) from error
+    if not isinstance(read, dict) or not read:
+        raise Refused(f"{path} has no settings")
+    return read
 
 
 def read_option(word: str) -> Tuple[str, Any]:
@@ -21,7 +39,7 @@ def read_option(word: str) -> Tuple[str, Any]:
         read = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
     except Exception as error:
         raise Refused(f"{option} is {value!r}, which is no value of a YAML file") from error
-    if set(read) != {"value"}:
+    if set(read) != {"value"} or read["value"] == "???":  # which is OmegaConf's sign of no value
         raise Refused(f"{option} is {value!r}, which is no value of a YAML file")
     return option, read["value"]
 
@@ -29,12 +47,14 @@ def read_option(word: str) -> Tuple[str, Any]:
 def own_value(name: str, value: Any, default: Any) -> Any:
     """Return a recipe's own setting as the type that the YAML file's ``default`` has."""
     kind = type(default)
-    if isinstance(default, list) and value is not None:
-        values = value if isinstance(value, list) else str(value).split(",")
+    if name in LISTS:
+        values = value if isinstance(value, list) else [] if value is None else str(value).split(",")
+        if name == "models" and not values:
+            raise Refused("models is empty, but must have at least one architecture")
         return [str(x).strip() for x in values]
-    if default is None:
-        return None if value is None else value if isinstance(value, list) else str(value)
-    if kind is str and not isinstance(value, (list, dict)):
+    if default is None and value is None:
+        return None
+    if kind in (str, type(None)) and not isinstance(value, (list, dict)):
         return str(value)
     if kind is float and type(value) is int:
         return float(value)
@@ -76,11 +96,11 @@ def resolve(settings: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
             names = FairseqConfig.__dataclass_fields__
             raise Refused(f"there is no group of options {group}{near(group, names)}")
         node, known = FairseqConfig.__dataclass_fields__[group].type, None
-        name = options.get("_name")
+        name = str(options.get("_name"))
         if group == "model":
             model = ARCH_MODEL_REGISTRY.get(name) or MODEL_REGISTRY.get(name)
             if model is None:
-                raise Refused(f"there is no model {name}{near(str(name), ARCH_MODEL_REGISTRY)}")
+                raise Refused(f"there is no model {name}{near(name, ARCH_MODEL_REGISTRY)}")
             node = getattr(model, "__dataclass", None)
             if node is None:
                 parser = argparse.ArgumentParser(allow_abbrev=False)
@@ -93,15 +113,15 @@ def resolve(settings: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
             if group != "task":
                 registry, nodes = REGISTRIES[group]["registry"], REGISTRIES[group]["dataclass_registry"]
             if name not in registry:
-                raise Refused(
-                    f"{group}._name is {name}, which fairseq does not know{near(str(name), registry)}"
-                )
+                raise Refused(f"{group}._name is {name}, which fairseq does not know{near(name, registry)}")
             node = nodes.get(name)
         known = known or (set(node.__dataclass_fields__) if node else set(options))
         values = {}
         for option, value in options.items():
             if option not in {*known, "_name"}:
                 raise Refused(f"there is no option {group}.{option}{near(option, known)}")
+            if value == "???":
+                raise Refused(f"{group}.{option} has no value")
             if node is not None and option != "_name":
                 if "List[" in str(node.__dataclass_fields__[option].type) and isinstance(value, (int, float)):
                     value = [value]

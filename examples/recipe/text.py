@@ -58,6 +58,14 @@ def blanks(text: str) -> str:
     return re.sub(r"\s", " ", text)
 
 
+def check_label(line: Line, kind: str, value: str) -> None:
+    """Refuse a label that fairseq would not read as one word of its dictionary."""
+    if re.search(r"\s", value):
+        raise line.refuse(f"the {kind} {value!r} has a blank in it")
+    if value in ("<s>", "<pad>", "</s>", "<unk>"):
+        raise line.refuse(f"the {kind} {value} is a symbol of fairseq's own")
+
+
 def numbered(numbers: Sequence[int]) -> str:
     """Say which lines: the first ones, and how many in all."""
     some = ", ".join(str(number) for number in numbers[:3])

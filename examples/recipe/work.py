@@ -79,6 +79,7 @@ class Work:
 
     def __init__(self, folder: Path, recipe: str, dry: bool) -> None:
         self.folder, self.recipe, self.dry, self.lock = folder.absolute(), recipe, dry, None
+        self.finished = False  # whether no step may be done
         self.read()
 
     def read(self) -> None:
@@ -198,6 +199,8 @@ class Work:
         if same and not again and self.intact(name):
             say(f"== {name}: done before")
             return
+        if self.finished:
+            raise Refused(f"{name} was not made of what is in {self.folder} now: run the recipe for it again")
         say(f"== {name}")
         part = self.folder / PART
         log = part / log_name(name)

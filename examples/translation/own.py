@@ -41,6 +41,13 @@ class Own(Translation):
                 f"languages is {','.join(languages)}, but must be two different ones, as languages=en-ja"
             )
         config["languages"] = languages
+        if config["tokenizer"] is not None:
+            from sacrebleu.metrics.bleu import BLEU
+
+            self.choose("tokenizer", BLEU.TOKENIZERS)
+            module = dict(TOKENIZERS.values()).get(config["tokenizer"], "sacrebleu")
+            if importlib.util.find_spec(module) is None:
+                raise Refused(f"tokenizer is {config['tokenizer']}, which needs the module {module}")
 
     @property
     def languages(self) -> Tuple[str, str]:

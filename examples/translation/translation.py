@@ -1,7 +1,6 @@
 """What the translation recipes share: sentences in two languages → subwords → binary data → model → BLEU."""
 
 import io
-import json
 import os
 import re
 import statistics
@@ -181,17 +180,29 @@ class Translation(Recipe):
 
     # Runs
 
+    def run(self, model: str) -> Run:
+        run, average = super().run(model), self.config["average"]
+        generation = run.settings["generation"]
+        for name in ("beam", "nbest", "temperature", *["max_len_b"] * (not generation.get("max_len_a"))):
+            value = generation.get(name)
+            if isinstance(value, (int, float)) and value <= 0:
+                raise Refused(f"generation.{name} is {value}, but must be positive")
+        if average and run.settings["checkpoint"].get("no_epoch_checkpoints"):
+            raise Refused(
+                f"average is {average}, but checkpoint.no_epoch_checkpoints keeps none: give average=0"
+            )
+        for group, name in (("checkpoint", "keep_last_epochs"), ("optimization", "max_epoch")):
+            epochs = run.settings[group].get(name, 0)
+            if isinstance(epochs, int) and 0 < epochs < average:
+                raise Refused(f"average is {average}, but {group}.{name} is {epochs}: give average={epochs}")
+        return run
+
     def training(self, run: Run) -> Dict[str, Dict[str, Any]]:
         settings = super().training(run)
         source, target = self.languages
         return {**settings, "task": {**settings["task"], "source_lang": source, "target_lang": target}}
 
     def examine(self, run: Run) -> None:
-        average, kept = self.config["average"], run.settings["checkpoint"]["keep_last_epochs"]
-        if average > kept > 0:
-            raise Refused(
-                f"average is {average}, but only {kept} epochs are kept: give checkpoint.keep_last_epochs"
-            )
         tokens = run.settings["dataset"]["max_tokens"]
         for side, language in zip(("source", "target"), self.languages):
             option = f"max_{side}_positions"
@@ -237,7 +248,7 @@ class Translation(Recipe):
             for line in written(part / log_name(f"{run.folder}/translate.{name}")):
                 if line.startswith("D-"):
                     number, _, text = line[2:].split("\t", 2)
-                    found[int(number)] = text
+                    found.setdefault(int(number), text)  # of several, the best is the first
             sentences = sum(1 for _ in self.written("text", "test", target))
             if sorted(found) != list(range(sentences)):
                 raise Refused(f"there are {len(found)} translations of {sentences} sentences")
@@ -330,25 +341,25 @@ class Translation(Recipe):
         work, name, runs = self.work, self.translator(), []
         if not work.dry:
             work.open()
-        for run in names:
-            steps = [
-                work.steps.get(f"runs/{run}/{step}")
-                for step in ("train", f"translate.{name}", f"score.{name}")
-            ]
-            if None in steps:
+        for run in dict.fromkeys(names):
+            train, translate = (work.steps.get(f"runs/{run}/{x}") for x in ("train", f"translate.{name}"))
+            if not (train and translate and train["outputs"] and work.intact(f"runs/{run}/train")):
                 raise Refused(f"{work.folder} has no scores of {run}, {name}: train it first")
-            runs.append(Run(run, {**steps[0]["settings"], **steps[1]["settings"]}))
+            runs.append(Run(run, {**train["settings"], **translate["settings"]}))
+        work.finished = True
+        scores = [self.evaluate(run)[:4] for run in runs]
+        work.finished = False
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
-        rows: List[List[str]] = []
-        work.step("compare", {}, {}, lambda part: rows.extend(self.speeds(runs, name)), again=True)
+        speeds: List[List[str]] = []
+        work.step("compare", {}, {}, lambda part: speeds.extend(self.speeds(runs, name)), again=True)
         if work.dry:
             self.speeds(runs, name)
         else:
             self.header = ["run", "parameters", "BLEU", "chrF", "training words/s", "sentences/s"]
-            self.table(rows)
+            self.table([[*row, *speed] for row, speed in zip(scores, speeds)])
 
     def speeds(self, runs: Sequence[Run], name: str) -> List[List[str]]:
-        """Return rows of medians; the first quarter of the updates warms up and is left out."""
+        """Return each run's medians; the first quarter of the updates warms up and is left out."""
         work, updates, rows = self.work, self.config["speed_updates"], []
         for turn in range(self.config["rounds"]):
             for run in runs:
@@ -356,9 +367,9 @@ class Translation(Recipe):
                 if not work.dry:
                     config = OmegaConf.load(work.folder / run.folder / "train.yaml")
                     changed = {
-                        "common": {"log_interval": updates // 4},
+                        "common": {"log_interval": updates // 4, "log_format": "simple"},
                         "task": {"data": "../../../bin"},
-                        "optimization": {"max_update": updates},
+                        "optimization": {"max_update": updates, "max_epoch": 0},
                         "checkpoint": {"no_save": True},
                         "dataset": {"disable_validation": True},
                     }
@@ -376,8 +387,7 @@ class Translation(Recipe):
                 if "train_inner" in line and f"num_updates={updates // 4}," not in line
             ]
             sentences = [float(speed) for speed in re.findall(r"([\d.]+) sentences/s", text)]
-            scores = json.loads((work.folder / run.folder / f"score.{name}.json").read_text())
-            numbers = [number for _, number in scores[:2]]
-            speeds = [f"{statistics.median(words):.1f}", f"{statistics.median(sentences):.2f}"]
-            rows.append([run.name, self.parameters(run), *numbers, *speeds])
+            if not (words and sentences):
+                raise Refused(f"{run.name} ended before its speed was told: see the logs in {folder}")
+            rows.append([f"{statistics.median(words):.1f}", f"{statistics.median(sentences):.2f}"])
         return rows

@@ -137,6 +137,9 @@ Peter\u00a0K. NNP I-NP I-PER
             sentences("a b c O\n\n" + wrong)
     with pytest.raises(conll2003.Refused, match="file, line 1: there are 1 columns, but must be 2"):
         sentences("a")
+    for blank in "\u00a0\u0085\u2028\r\v":
+        with pytest.raises(conll2003.Refused, match=r"file, line 2: the tag 'I-.*PER' has a blank in it"):
+            sentences(f"a O\nb I-{blank}PER")
 
 
 def real(name):

@@ -123,6 +123,7 @@ def test_three_pairs_of_files(recipe, tmp_path):
             ["train=few.en,few.ja"],
             "there are 19 different sentences to take valid from, but 20 different sentences",
         ),
+        (["train=talk.en,talk.ja", "tokenizer=foo"], "tokenizer is foo, but must be none or zh or 13a or "),
         (["train=talk.en,talk.ja", "held_out=0"], "but held_out must be positive"),
         (["train=talk.en,talk.ja", "languages=e/n-ja"], "languages is e/n,ja, but must be"),
     ],

@@ -2,6 +2,7 @@
 
 import fcntl
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -146,6 +147,28 @@ def test_help_and_wrong_arguments_start_nothing(checkout, script):
         refused = call(checkout / script, wrong)
         assert refused.returncode == 2 and f"unrecognized arguments: {wrong}" in refused.stderr
     assert sorted(checkout.rglob("*")) == before
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="needs a newer Python")
+@pytest.mark.parametrize(
+    "words, passed",
+    [
+        ("tests/ops --all -- -k scan", "--all tests/ops -k scan"),
+        ("--all tests/ops tests/modules", "--all tests/ops tests/modules"),
+        ("-- -k scan -- --style", "-k scan -- --style"),
+    ],
+)
+def test_pytest_gets_its_files_and_options(monkeypatch, tmp_path, words, passed):
+    called = []
+    monkeypatch.setattr("os.execv", lambda path, command: called.extend(command))
+    monkeypatch.setattr(environment, "attempt", lambda title, work: None)  # no style, no installation
+    monkeypatch.setattr(environment, "VENV", Path(sys.prefix))
+    monkeypatch.setattr(environment, "LOGS", tmp_path)
+    monkeypatch.setattr(environment, "complete", lambda key: True)
+    monkeypatch.setattr("sys.argv", ["tests/run.py", *words.split()])
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path(str(EXAMPLES.parent / "tests" / "run.py"), run_name="__main__")
+    assert " ".join(called).endswith(f" --durations 10 {passed}")
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="needs a newer Python")

@@ -82,6 +82,12 @@ def test_what_would_be_lost_is_refused(tmp_path, questions, words):
     assert words in str(error.value)
 
 
+def like(context=PASSAGE, start=4, text="two", **asked):
+    """A file of one question, as JSON."""
+    question = {"id": "q", "question": "x", "answers": [{"text": text, "answer_start": start}], **asked}
+    return json.dumps({"data": [{"paragraphs": [{"context": context, "qas": [question]}]}]})
+
+
 @pytest.mark.parametrize(
     "text, words",
     [
@@ -89,6 +95,15 @@ def test_what_would_be_lost_is_refused(tmp_path, questions, words):
         ("[]", "is not in the form of SQuAD 1.1: TypeError"),
         ('{"data": [{"title": "t"}]}', "is not in the form of SQuAD 1.1: KeyError 'paragraphs'"),
         (b'{"data": "\xff"}', "is not UTF-8"),
+        (
+            like(context=None),
+            "is not in the form of SQuAD 1.1: TypeError a context, an id or a question is no",
+        ),
+        (like(question=None), "a context, an id or a question is no text"),
+        (like(id=[1]), "a context, an id or a question is no text"),
+        (like(start=4.0), "TypeError an answer is no text or has no whole number as its start"),
+        (like(text=1), "an answer is no text or has no whole number as its start"),
+        (like(question="\ud800 what?"), "surrogates not allowed"),
     ],
 )
 def test_what_is_no_json_of_squads_is_refused(tmp_path, text, words):

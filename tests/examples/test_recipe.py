@@ -4,6 +4,7 @@ import fcntl
 import gzip
 import json
 import os
+import re
 import shutil
 import signal
 import time
@@ -137,6 +138,18 @@ def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
         ("min_count=many", "min_count is 'many', but must be a whole number"),
         ("min_count=-1", "min_count is -1, but must not be negative"),
         ("model.dropout=much", "model.dropout is 'much': "),
+        ("min_count=???", "min_count is '???', which is no value of a YAML file"),
+        ("model.dropout=???", "model.dropout is '???', which is no value of a YAML file"),
+        ("model.dropout=${no}", "the settings of lrn refer to nothing: "),
+        ("task._name=[a]", "task._name is ['a'], which fairseq does not know"),
+        ("models=", "models is empty, but must have at least one architecture"),
+        ("models=[]", "models is empty, but must have at least one architecture"),
+        ("run=[a,b]", "run is ['a', 'b'], but must be text"),
+        (
+            "run=a:b",
+            "run is 'a:b', but must be the name of a folder that has no colon and begins with no dot",
+        ),
+        ("checkpoint.no_save=true", "checkpoint.no_save is set by the recipe: the checkpoints are evaluated"),
         ("models=rnn", "models has rnn, but must be of lrn, olrn, lstm, gru, atr, sru"),
         ("model.cell=gru", "model.cell is set by the recipe: give models=NAME"),
         ("task.data=bin", "task.data is set by the recipe: give --data"),
@@ -150,6 +163,29 @@ def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
 def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words):
     assert words in fresh.refused(option)
     assert not (fresh.cwd / "sst2").exists()
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda text: text.replace("models: [", "models: [["), "sst2.yaml, line "),
+        (lambda text: text.replace("dropout: 0.5", "dropout: ???"), "model.dropout has no value"),
+        (lambda text: text.replace("dropout: 0.5", "dropout: ${no}"), "settings of lrn refer to nothing: "),
+        (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must be of lrn, "),
+        (lambda text: b"\xff", "sst2.yaml: 'utf-8' codec can't decode"),
+        (lambda text: "- lrn", "sst2.yaml has no settings"),
+    ],
+)
+def test_a_wrong_yaml_file_is_refused(start, tmp_path, change, words):
+    """Of a copy of the recipe; what is wrong in it is the setting of lrn."""
+    for folder in ("recipe", "classification"):
+        shutil.copytree(EXAMPLES / folder, tmp_path / folder)
+    yaml = tmp_path / "classification/sst2.yaml"
+    write(yaml, change(yaml.read_text()))
+    data(tmp_path / "data")
+    recipe = Recipe(start, tmp_path, tmp_path / "classification/sst2.py", "--data", "data")
+    assert words in recipe.refused()
+    assert not (tmp_path / "sst2").exists()
 
 
 def test_names_with_signs_that_mean_something_elsewhere(start, tmp_path):
@@ -294,10 +330,13 @@ def test_an_interrupted_training_goes_on(fresh, signal_):
 
 
 def test_a_failing_command_shows_its_end(fresh):
-    output = fresh("dataset.train_subset=none", status=1)
+    """The next attempt, which begins anew, has a log of its own."""
+    output = fresh("dataset.train_subset=none", "model.encoder_embed_dim=9", status=1)
     assert "  | " in output and "fairseq-hydra-train ended with 1, see" in output
     assert output.rstrip().split("\n")[-1].endswith("sst2/runs/lrn/train.log")
-    fresh()  # nothing was trained, so that other settings are none
+    output = fresh()  # nothing was trained, so that other settings are none
+    log = (fresh.cwd / "sst2/runs/lrn/train.log").read_text()
+    assert re.findall("num. shared model params: ([^ ]+)", log) == [table(output)[1][1]]
 
 
 def test_every_recipe_has_all_its_settings_in_yaml():

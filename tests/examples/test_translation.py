@@ -118,16 +118,35 @@ def test_average_is_the_mean_of_the_last_epochs(recipe):
 
 def test_average_of_more_epochs_than_there_are(recipe):
     assert "has 3 epochs: give average=3" in recipe.refused("average=9", *ONE_LAYER)
-    assert "only 10 epochs are kept" in recipe.refused("average=11", "run=new")
+    for options, words in (
+        (["average=11"], "average is 11, but checkpoint.keep_last_epochs is 10: give average=10"),
+        (["average=2", "optimization.max_epoch=1"], "average is 2, but optimization.max_epoch is 1: give"),
+        (["average=2", "checkpoint.no_epoch_checkpoints=true"], "no_epoch_checkpoints keeps none: give aver"),
+    ):
+        assert words in recipe.refused("--work", "new", *options)
+    assert not (recipe.cwd / "new").exists()
 
 
 def test_side_by_side(recipe):
-    """fairseq's Transformer and LSTM are trained too, the one in the form of lrn_tiny, and compared."""
+    """fairseq's Transformer and LSTM are trained too, the one in the form of lrn_tiny, and compared.
+
+    Their settings do not matter to the timed trainings; of several translations the best is scored.
+    """
     sizes = [
         f"model.{name}=8" for name in ("encoder_embed_dim", "decoder_embed_dim", "decoder_out_embed_dim")
     ]
     sizes += ["model.encoder_hidden_size=8", "model.decoder_hidden_size=8"]
-    assert table(recipe("models=lstm", *sizes))[1][0] == "lstm"
+    sizes += ["optimization.max_epoch=1", "common.log_format=json", "generation.nbest=2"]
+    lstm = table(recipe("models=lstm", *sizes))
+    assert lstm[1][0] == "lstm"
+    log = lines(recipe.work / "logs/runs.lstm.translate.best.log")
+    found = [line.split("\t") for line in log if line.startswith("D-")]
+    assert len(found) == 2 * SIZES["test_2016_flickr"]
+    best = [
+        max((row for row in found if row[0] == f"D-{i}"), key=lambda row: float(row[1]))
+        for i in range(len(found) // 2)
+    ]
+    assert lines(recipe.work / "runs/lstm/best.de") == [text for *_, text in best]
     recipe("models=transformer", "run=compare")
     yaml = (recipe.work / "runs/compare/train.yaml").read_text()
     assert "_name: transformer_iwslt_de_en" in yaml and "decoder_ffn_embed_dim: 256" in yaml
@@ -135,9 +154,13 @@ def test_side_by_side(recipe):
     rows = table(recipe(*options))
     assert [row[0] for row in rows] == ["run", "compare", "lstm"]
     assert [float(number) > 0 for row in rows[1:] for number in row[4:]] == [True] * 4
+    assert rows[2][:4] == lstm[1]
     assert (recipe.work / "runs/compare/checkpoint_best.pt").exists()
     assert recipe("--dry-run", *options).count("fairseq-generate") == 2
     assert "has no scores of lrn, best: train it first" in recipe.refused("compare=lrn")
+    write(recipe.work / "runs/compare/best.de", "other translations")
+    message = "runs/compare/translate.best was not made of what is in "
+    assert message in recipe.refused(*options)
     assert "speed_updates must be a positive multiple of 4" in recipe.refused("speed_updates=6")
 
 
@@ -159,6 +182,8 @@ def test_missing_data(recipe):
         ),
         ("dataset.max_tokens=5", "have more than 5 tokens, which dataset.max_tokens="),
         ("model.encoder_layer=2", "there is no option model.encoder_layer (did you mean encoder_layers"),
+        ("generation.beam=0", "generation.beam is 0, but must be positive"),
+        ("generation.max_len_b=-1", "generation.max_len_b is -1, but must be positive"),
         ("model.encoder_layers=0", "fairseq-hydra-train ended with 1, see"),
     ],
 )
