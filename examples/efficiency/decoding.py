@@ -3,8 +3,9 @@
     python decoding.py WORK RUN ... [--beam 5 1] [--batch-size 1 128] [--threads 1 2] [--rounds 3]
 
 WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
-translate with another task than `translation`. RUN:ctranslate2 and RUN:ctranslate2-int8 translate a
-Transformer with CTranslate2, if that is installed. The runs take turns; each measurement is its own process.
+translate with another task than `translation`. RUN:translator and RUN:ctranslate2 translate in process: an
+LRN with this package's translator, a Transformer with CTranslate2 if that is installed. RUN:...-int8 computes
+in int8. The runs take turns; each measurement is its own process.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from units import KEEP_MEMORY
 import fairseq_lrn
 
 PEER = "ctranslate2"
-PEER_SCRIPT = Path(__file__).with_name("ctranslate2_generate.py")
+IN_PROCESS = Path(__file__).with_name("in_process.py")
 Key = Tuple[int, int, int, str]  # threads, beam, batch size, run
 
 
@@ -66,12 +67,11 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
         SystemExit: something is missing, or fairseq-generate fails
     """
     checkpoint, path, source, target = find(work, run)
-    task = run.partition(":")[2]
-    if task.startswith(PEER):
-        compute_type = task.partition("-")[2] or "float32"
-        words = [sys.executable, PEER_SCRIPT, work / "bin", checkpoint, source, target, "--threads", threads]
-        words += ["--compute-type", compute_type, "--every", 8 if batch_size == 1 else 1]
-        command = PEER_SCRIPT.name
+    task, _, compute_type = run.partition(":")[2].partition("-")
+    if task in (PEER, "translator"):
+        command = IN_PROCESS.name
+        words = [sys.executable, IN_PROCESS, task, work / "bin", checkpoint, source, target]
+        words += ["--threads", threads, "--every", 8 if batch_size == 1 else 1]
     else:
         command = "fairseq-generate"
         words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
@@ -81,6 +81,8 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
         words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores
         if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
             words += ["--distributed-world-size", 8]
+    if compute_type:
+        words += ["--compute-type", compute_type]
     words += ["--beam", beam, "--batch-size", batch_size]
     environment = {**os.environ, **KEEP_MEMORY, "OMP_NUM_THREADS": str(threads)}
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:

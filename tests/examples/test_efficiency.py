@@ -187,7 +187,7 @@ def translated(run, data, tmp_path_factory):
 def test_decoding_prints_every_run_and_writes_json(benchmark, translated, tmp_path):
     assert len(set((translated / "text" / "test.de").read_text(encoding="utf-8").splitlines())) > 9
     options = "--beam 1 --batch-size 1 64 --threads 1 --rounds 1 --json out.json --plot out.png".split()
-    runs = ["late", "early:translation"]
+    runs = ["late:translator", "early:translation"]
     status, output = benchmark("decoding.py", translated, *runs, *options)
     assert status == 0, output
 

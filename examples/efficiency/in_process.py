@@ -1,0 +1,118 @@
+"""Translate a binarized test set in this process: token ids in, token ids out, nothing else timed.
+
+    python in_process.py ENGINE DATA CHECKPOINT SOURCE TARGET [--beam 5] [--batch-size 128] [--every 1]
+
+ENGINE is `translator`, of this package, with an LRN, or `ctranslate2` with a Transformer. Sentences are
+sorted by length; each batch is one call. It prints what fairseq-generate prints of it: a line D for each
+sentence, and how many sentences it translated in a second, without loading.
+"""
+
+import argparse
+import tempfile
+import time
+from typing import Any, Callable, List
+
+import numpy as np
+import torch
+from fairseq.checkpoint_utils import load_model_ensemble
+from fairseq.data import Dictionary, data_utils
+
+from fairseq_lrn.inference import Translator
+
+MAX_LENGTH = 200  # as fairseq-generate's --max-len-b
+Engine = Callable[[List[torch.Tensor]], Callable[[], List[torch.Tensor]]]  # from a batch to what is timed
+
+
+def translator(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
+    """Return this package's translator."""
+    (model,), _ = load_model_ensemble([args.checkpoint], {"data": args.data})
+    engine = Translator(model.eval())
+    native = engine.native()
+    if native is None:
+        raise SystemExit(f"the model has no native translator: {engine.reason}")
+    eos, pad, unk = dictionary.eos(), dictionary.pad(), dictionary.unk()
+    search = (args.beam, 1, MAX_LENGTH, eos, pad, eos, unk, 0.0, 1.0, True, None, 1.0)
+
+    def prepare(batch: List[torch.Tensor]) -> Callable[[], List[torch.Tensor]]:
+        src_tokens = data_utils.collate_tokens(batch, pad, eos, left_pad=True)
+
+        def run() -> List[torch.Tensor]:
+            counts, lengths, _, words, *_ = engine.search(native, src_tokens, *search)
+            hypotheses, best = words.split(lengths.tolist()), (counts.cumsum(0) - counts).tolist()
+            return [hypotheses[i][:-1] for i in best]
+
+        return run
+
+    return prepare
+
+
+def ctranslate2(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
+    """Return CTranslate2, which reads and writes words."""
+    import ctranslate2
+
+    load = torch.load  # CTranslate2 does not say that fairseq's checkpoints hold more than weights
+    torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})
+    try:
+        converter = ctranslate2.converters.FairseqConverter(
+            args.checkpoint, args.data, source_lang=args.source, target_lang=args.target
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            converter.convert(folder, force=True)
+            engine = ctranslate2.Translator(
+                folder, compute_type=args.compute_type, inter_threads=1, intra_threads=args.threads
+            )
+    finally:
+        torch.load = load
+
+    def prepare(batch: List[torch.Tensor]) -> Callable[[], List[torch.Tensor]]:
+        sources = [[dictionary[word] for word in sentence[:-1].tolist()] for sentence in batch]
+
+        def run() -> List[torch.Tensor]:
+            found = engine.translate_batch(sources, beam_size=args.beam, max_decoding_length=MAX_LENGTH)
+            return [
+                torch.tensor([dictionary.index(word) for word in result.hypotheses[0]]) for result in found
+            ]
+
+        return run
+
+    return prepare
+
+
+def main() -> None:
+    """Read the command line, load, translate, print."""
+    engines: Any = {engine.__name__: engine for engine in (translator, ctranslate2)}
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("engine", choices=list(engines))
+    for name in ("data", "checkpoint", "source", "target"):
+        parser.add_argument(name)
+    parser.add_argument("--beam", type=int, default=5)
+    parser.add_argument("--batch-size", type=int, default=128)
+    parser.add_argument("--every", type=int, default=1, help="translate one batch of so many")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--compute-type", default="float32")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    pair = f"{args.data}/test.{args.source}-{args.target}"
+    dictionary = Dictionary.load(f"{args.data}/dict.{args.target}.txt")
+    sources, targets = (
+        data_utils.load_indexed_dataset(f"{pair}.{language}", dictionary)
+        for language in (args.source, args.target)
+    )
+    order = np.lexsort((targets.sizes, sources.sizes)).tolist()  # fairseq-generate's
+    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)][:: args.every]
+    engine = engines[args.engine](args, dictionary)
+    calls = [engine([sources[i] for i in batch]) for batch in batches]
+    calls[0]()  # warms up
+
+    begin = time.perf_counter()
+    results = [call() for call in calls]
+    seconds = time.perf_counter() - begin
+    found = {i: words for batch, result in zip(batches, results) for i, words in zip(batch, result)}
+    for i in sorted(found):
+        print(f"D-{i}\t0\t{dictionary.string(found[i], 'sentencepiece')}")
+    print(f"Translated {len(found)} sentences in {seconds:.1f}s ({len(found) / seconds:.2f} sentences/s)")
+
+
+if __name__ == "__main__":
+    main()
