@@ -17,7 +17,7 @@ from fairseq.tasks.translation import TranslationConfig, TranslationTask
 from hypothesis import strategies as st
 
 from fairseq_lrn.models import LRNModel
-from fairseq_lrn.tasks.translation import LRNTranslationTask
+from fairseq_lrn.tasks.translation import LRNTranslationConfig, LRNTranslationTask
 
 SPECIAL = 4  # <s>, <pad>, </s> and <unk> come first in a dictionary
 PAD, EOS, UNK = 1, 2, 3
@@ -84,7 +84,15 @@ def batch(lengths=(7, 3, 11, 5, 1), words=54, left=True, seed=1, device="cpu"):
     return {"net_input": {"src_tokens": source, "src_lengths": torch.tensor(lengths, device=device)}}
 
 
-def build_generator(models, task=LRNTranslationTask, extra=None, allowed=None, prepared=True, **options):
+def build_generator(
+    models,
+    task=LRNTranslationTask,
+    extra=None,
+    allowed=None,
+    prepared=True,
+    compute_type="float32",
+    **options,
+):
     """Build the generator as fairseq-generate does, with that command's ``options``.
 
     Args:
@@ -92,11 +100,17 @@ def build_generator(models, task=LRNTranslationTask, extra=None, allowed=None, p
             neither trains nor pickles models that are
         extra: arguments of the generator that no option gives
         allowed: words that may come next, see fairseq's ``prefix_allowed_tokens_fn``
+        compute_type: of the task lrn_translation
     """
     cfg = Namespace(generation=GenerationConfig(**options))
     for model in models if prepared else []:
         model.prepare_for_inference_(cfg)
-    made = task(TranslationConfig(), models[0].encoder.dictionary, models[0].decoder.dictionary)
+    config = (
+        LRNTranslationConfig(compute_type=compute_type)
+        if issubclass(task, LRNTranslationTask)
+        else TranslationConfig()
+    )
+    made = task(config, models[0].encoder.dictionary, models[0].decoder.dictionary)
     generator = made.build_generator(
         models, cfg.generation, extra_gen_cls_kwargs=extra, prefix_allowed_tokens_fn=allowed
     )

@@ -424,10 +424,10 @@ def main() -> None:
             if CUDA:
                 ms = "" if row.ms is None else f"{row.ms:.4f}"
                 print(f"| {row.what} | {ms} | {row.measured} | {row.target} |", flush=True)
+            if CUDA and args.json:
+                report = {"environment": facts, "rows": [row._asdict() for row in rows]}
+                args.json.write_text(json.dumps(report, indent=1))
         print(f"{part}: done", file=sys.stderr, flush=True)
-        if CUDA and args.json:
-            report = {"environment": facts, "rows": [row._asdict() for row in rows]}
-            args.json.write_text(json.dumps(report, indent=1))
     if not CUDA:
         print(f"Stopped before measuring: there is no CUDA card. {len(rows)} rows were tried out on the CPU.")
 

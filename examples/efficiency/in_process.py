@@ -27,7 +27,7 @@ def translator(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
     """Return this package's translator."""
     (model,), _ = load_model_ensemble([args.checkpoint], {"data": args.data})
     engine = Translator(model.eval())
-    native = engine.native()
+    native = engine.native(args.compute_type)
     if native is None:
         raise SystemExit(f"the model has no native translator: {engine.reason}")
     eos, pad, unk = dictionary.eos(), dictionary.pad(), dictionary.unk()

@@ -2,10 +2,11 @@
 
     python units.py [--scale paper] [--model lrn] [--json FILE] [--plot FILE.png]
 
-Each measurement is a process of its own, so that its peak of memory is too; the units take turns.
+The units take turns. On the CPU each measurement is a process of its own, so that its peak of memory is too.
 """
 
 import argparse
+import gc
 import json
 import logging
 import os
@@ -53,6 +54,9 @@ def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[s
         batch) and memory (MiB at the peak of training, beyond what the process had at its start)
     """
     cuda = device == "cuda"
+    if cuda:
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
 
     def seconds() -> float:
         if cuda:
@@ -187,25 +191,32 @@ def main() -> None:
         print(json.dumps(measure(args.measure, args.model, scale, device)))
         return
 
+    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
+    environment = {"device": machine, "torch": torch.__version__, "threads": args.threads}
     measured: Dict[str, List[Dict[str, float]]] = {cell: [] for cell in CELLS}
+
+    def keep(cell: str, result: Dict[str, float]) -> None:
+        measured[cell].append(result)
+        if args.json:
+            args.json.write_text(json.dumps({"environment": environment, "measured": measured}, indent=1))
+
     for i in range(args.rounds):
         for cell in CELLS[i % len(CELLS) :] + CELLS[: i % len(CELLS)]:
             print(f"round {i + 1} of {args.rounds}: {cell}", file=sys.stderr, flush=True)
+            if device == "cuda":  # PyTorch counts the card's memory
+                keep(cell, measure(cell, args.model, {**SCALES[args.scale], **args.sizes}, device))
+                continue
             words = [sys.executable, __file__, *sys.argv[1:], "--measure", cell]
             run = subprocess.run(
                 words, stdout=subprocess.PIPE, text=True, check=True, env={**os.environ, **KEEP_MEMORY}
             )
-            measured[cell].append(json.loads(run.stdout.splitlines()[-1]))
+            keep(cell, json.loads(run.stdout.splitlines()[-1]))
     medians = {
         cell: {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
         for cell, rounds in measured.items()
     }
-    machine = torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine()
-    environment = {"device": machine, "torch": torch.__version__, "threads": args.threads}
     print(json.dumps({"model": args.model, **SCALES[args.scale], **args.sizes, **environment}), "\n")
     print(table(medians))
-    if args.json:
-        args.json.write_text(json.dumps({"environment": environment, "measured": measured}, indent=1))
     if args.plot:
         plot(medians, args.plot)
 

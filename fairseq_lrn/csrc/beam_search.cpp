@@ -207,6 +207,10 @@ struct BeamSearchHolder : torch::CustomClassHolder {
     TORCH_CHECK(sentences >= 0 && beam_size > 0 && min_length >= 0 && min_length <= max_length,
                 "BeamSearch: sentences, beam_size and lengths must not be negative, and min_length "
                 "must not be above max_length");
+    constexpr int64_t kMost = int64_t{1} << 31;
+    TORCH_CHECK(beam_size < kMost && sentences < kMost / beam_size,
+                "BeamSearch: sentences times beam_size must be less than ", kMost, ", got ",
+                sentences, " and ", beam_size);
     std::vector<int64_t> words;
     if (prefix) {
       TORCH_CHECK(prefix->dim() == 2 && prefix->size(0) == sentences,

@@ -9,11 +9,25 @@
 
 namespace lrn {
 
-enum class Isa { kDefault, kAvx2, kAvx512 };
+// From the one least wished for to the best. Loops are compiled for kDefault, kAvx2 and kAvx512;
+// the others have products of int8 and bfloat16 besides, which are instructions by name.
+enum class Isa { kDefault, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 
 // The one in use: the best that runs here, unless FAIRSEQ_LRN_CPU_CAPABILITY or the operator
 // set_cpu_capability names another.
 Isa isa();
+
+// Whether compilers, and so their assemblers, know these.
+#if __has_include(<avxvnniintrin.h>)
+#define LRN_AVX2_VNNI 1
+#else
+#define LRN_AVX2_VNNI 0
+#endif
+#if __has_include(<avx512bf16intrin.h>)
+#define LRN_AVX512_BF16 1
+#else
+#define LRN_AVX512_BF16 0
+#endif
 
 }  // namespace lrn
 
@@ -28,8 +42,8 @@ Isa isa();
   ENTRY(avx2, __attribute__((target("avx2,fma")))) \
   ENTRY(avx512, __attribute__((target(LRN_AVX512))))
 #define LRN_PICK(name, ...)                                    \
-  (lrn::isa() == lrn::Isa::kAvx512 ? name##_avx512 __VA_ARGS__ \
-   : lrn::isa() == lrn::Isa::kAvx2 ? name##_avx2 __VA_ARGS__   \
+  (lrn::isa() >= lrn::Isa::kAvx512 ? name##_avx512 __VA_ARGS__ \
+   : lrn::isa() >= lrn::Isa::kAvx2 ? name##_avx2 __VA_ARGS__   \
                                    : name##_default __VA_ARGS__)
 #else
 #define LRN_EACH_ISA(ENTRY) ENTRY(default, )

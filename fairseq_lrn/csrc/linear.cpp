@@ -161,7 +161,7 @@ Tensor flat(const Tensor& x) {
 Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
 #if defined(LRN_AVX512)
   const int64_t rows = input.size(0);
-  if (lrn::isa() == lrn::Isa::kAvx512 && input.scalar_type() == at::kFloat && rows > 0 &&
+  if (lrn::isa() >= lrn::Isa::kAvx512 && input.scalar_type() == at::kFloat && rows > 0 &&
       weight.numel() > 0) {
     if (rows <= kFewRows) {
       return few_rows(input, weight, bias, rows);
@@ -224,7 +224,10 @@ struct Linear : torch::autograd::Function<Linear> {
       result[0] = call(grad, weight.t(), std::nullopt).reshape_symint(sizes);
     }
     if (context->needs_input_grad(1)) {
-      result[1] = call(grad.t(), flat(input).t(), std::nullopt);
+      // Both libraries copy the first factor to transpose it: it should be the smaller.
+      const Tensor x = flat(input);
+      result[1] = grad.sym_size(1) > x.sym_size(1) ? call(x.t(), grad.t(), std::nullopt).t()
+                                                   : call(grad.t(), x.t(), std::nullopt);
     }
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) {
       result[2] = grad.sum(0);

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "isa.h"
 #include "lrn_cell.h"
@@ -19,11 +20,23 @@ template <int kLanes>
 struct Simd {
   typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
   typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
+  typedef int16_t Shorts __attribute__((vector_size(kLanes * sizeof(int32_t))));  // two in a lane
 };
 template <int kLanes>
 using Floats = typename Simd<kLanes>::Floats;
 template <int kLanes>
 using Ints = typename Simd<kLanes>::Ints;
+template <int kLanes>
+using Shorts = typename Simd<kLanes>::Shorts;
+
+// The same bits as another type.
+template <typename To, typename From>
+LRN_HD To as(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "bits are kept");
+  To to;
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 template <int kLanes>
 LRN_HD Floats<kLanes> load(const float* x) {
@@ -54,15 +67,44 @@ LRN_HD float sum(const Floats<kLanes>& v) {
   }
 }
 
-template <int kLanes>
-LRN_HD float maximum(const Floats<kLanes>& v) {
+template <int kLanes, typename V>
+LRN_HD auto maximum(const V& v) {
   if constexpr (kLanes == 2) {
     return v[0] > v[1] ? v[0] : v[1];
   } else {
-    Floats<kLanes / 2> halves[2];
+    typedef std::conditional_t<std::is_same_v<V, Floats<kLanes>>, Floats<kLanes / 2>,
+                               Ints<kLanes / 2>>
+        Half;
+    Half halves[2];
     std::memcpy(halves, &v, sizeof(v));
     return maximum<kLanes / 2>(max(halves[0], halves[1]));
   }
+}
+
+// Writes the lowest byte of each lane.
+template <int kLanes>
+LRN_HD void store_bytes(void* to, const Ints<kLanes>& v) {
+  typedef uint8_t Bytes __attribute__((vector_size(kLanes)));
+  Bytes bytes;
+#if defined(__x86_64__)
+  if constexpr (kLanes == 16) {
+    asm("vpmovdb %1, %0" : "=v"(bytes) : "v"(v));
+  } else
+#endif
+  {
+    bytes = __builtin_convertvector(v, Bytes);
+  }
+  std::memcpy(to, &bytes, sizeof(bytes));
+}
+
+// Lets no compiler make one operation, which rounds once, of a product and a sum.
+template <typename V>
+LRN_HD void round_here(V& v) {
+#if defined(__x86_64__)
+  asm("" : "+v"(v));
+#elif defined(__aarch64__)
+  asm("" : "+w"(v));
+#endif
 }
 
 // A bit for each lane of a that is greater than b.

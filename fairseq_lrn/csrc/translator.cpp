@@ -1,7 +1,7 @@
 #include "translator.h"
 
 #include <ATen/Parallel.h>
-#include <ATen/ops/cat.h>
+#include <ATen/ops/constant_pad_nd.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/tensor.h>
 #include <ATen/ops/zeros.h>
@@ -86,7 +86,7 @@ void Sentences::add(const Sentences& others, int64_t i) {
 }
 
 // Takes weights by name, checks them and packs them.
-class Translator::Packer {
+class Packer {
  public:
   // `count` times `size` features, each time padded for itself: gates, directions, heads.
   struct Parts {
@@ -97,8 +97,8 @@ class Translator::Packer {
     int64_t place(int64_t i) const { return i / size * round_up(size, kPad) + i % size; }
   };
 
-  Packer(const Weights& weights, std::vector<std::unique_ptr<Buffer>>& packed)
-      : weights_(weights), packed_(packed) {}
+  Packer(const Weights& weights, ComputeType type, std::vector<std::unique_ptr<Buffer>>& packed)
+      : weights_(weights), type_(type), packed_(packed) {}
 
   bool has(const std::string& name) const { return weights_.contains(name); }
 
@@ -133,12 +133,14 @@ class Translator::Packer {
   PackedLinear linear(const std::vector<std::string>& names, Parts out, Parts in, float scale = 1,
                       const std::string& suffix = "", float filling_bias = 0) {
     const int64_t count = names.size();
-    PackedLinear layer{in.padded(), count * out.padded(), nullptr, nullptr};
-    float* weights = memory(layer.panels() * layer.in * kPanel);
-    float* biases = memory(layer.panels() * kPanel);
-    std::fill_n(biases, layer.panels() * kPanel, filling_bias);
-    layer.weights = weights;
-    layer.bias = biases;
+    PackedLinear layer{type_, in.padded(), count * out.padded(), nullptr};
+    TORCH_CHECK_VALUE(type_ != ComputeType::kInt8 || layer.in <= 1 << 17, "Translator: ", names[0],
+                      " must have at most 131072 inputs for int8, got ", layer.in);
+    layer.data = memory(layer.panels() * layer.panel_size());
+    std::vector<float> row(layer.in);
+    for (int64_t i = 0; filling_bias != 0 && i < layer.panels() * kPanel; ++i) {
+      pack(layer, i, row.data(), filling_bias);
+    }
     for (int64_t part = 0; part < count; ++part) {
       const Tensor weight = take(names[part] + ".weight" + suffix, {out.total(), in.total()});
       const std::string bias_name = names[part] + ".bias" + suffix;
@@ -148,12 +150,11 @@ class Translator::Packer {
       }
       const float* from = weight.const_data_ptr<float>();
       for (int64_t i = 0; i < out.total(); ++i) {
-        const int64_t place = part * out.padded() + out.place(i);
-        float* to = weights + place / kPanel * layer.in * kPanel + place % kPanel;
         for (int64_t j = 0; j < in.total(); ++j) {
-          to[in.place(j) * kPanel] = *from++ * scale;
+          row[in.place(j)] = *from++ * scale;
         }
-        biases[place] = bias.defined() ? bias.const_data_ptr<float>()[i] * scale : 0;
+        pack(layer, part * out.padded() + out.place(i), row.data(),
+             bias.defined() ? bias.const_data_ptr<float>()[i] * scale : 0);
       }
     }
     return layer;
@@ -189,6 +190,7 @@ class Translator::Packer {
   }
 
   const Weights& weights_;
+  ComputeType type_;
   std::vector<std::unique_ptr<Buffer>>& packed_;
   std::set<std::string> taken_;
   float* next_ = nullptr;
@@ -213,10 +215,23 @@ Activation parse_activation(const std::string& name) {
                     "tanh, got ", name);
 }
 
+ComputeType parse_compute_type(const std::string& name) {
+  const std::pair<const char*, ComputeType> known[] = {{"float32", ComputeType::kFloat32},
+                                                       {"bfloat16", ComputeType::kBfloat16},
+                                                       {"int8", ComputeType::kInt8}};
+  for (const auto& [word, type] : known) {
+    if (name == word) {
+      return type;
+    }
+  }
+  TORCH_CHECK_VALUE(false, "compute_type must be float32, bfloat16 or int8, got ", name);
+}
+
 }  // namespace
 
 Translator::Translator(const Weights& weights, const TranslatorSettings& settings)
-    : activation_fn_(parse_activation(settings.activation_fn)),
+    : compute_type_(parse_compute_type(settings.compute_type)),
+      activation_fn_(parse_activation(settings.activation_fn)),
       heads_(settings.heads),
       pad_(settings.pad),
       attention_layer_(settings.attention_layer),
@@ -224,7 +239,7 @@ Translator::Translator(const Weights& weights, const TranslatorSettings& setting
   TORCH_CHECK_VALUE(settings.activation == "tanh" || settings.activation == "identity",
                     "Translator: activation must be tanh or identity, got ", settings.activation);
   using Parts = Packer::Parts;
-  Packer packer(weights, packed_);
+  Packer packer(weights, compute_type_, packed_);
   source_ = {packer.find("encoder.embed_tokens.weight", 2),
              static_cast<float>(settings.encoder_scale)};
   target_ = {packer.find("decoder.embed_tokens.weight", 2),
@@ -300,15 +315,25 @@ void Translator::give_back(std::unique_ptr<Share> share) const {
   shares_.push_back(std::move(share));
 }
 
+Rows Translator::convert(Rows x, int64_t rows, int64_t size, Scratch& scratch) const {
+  if (compute_type_ == ComputeType::kFloat32) {
+    return x;
+  }
+  const int64_t stride = unit_stride(compute_type_, size);
+  const Rows y{scratch.units.floats(rows * stride), stride};
+  lrn::convert(compute_type_, x, rows, size, y);
+  return y;
+}
+
 // x + fc2(activation(fc1(norm(x))))
 void Translator::feed_forward(const FeedForward& layer, Rows x, int64_t rows,
                               Scratch& scratch) const {
   const Rows normed = rows_of(scratch.normed, rows, layer.fc1.in);
   const Rows inner = rows_of(scratch.wide, rows, layer.fc1.out);
   normalize(layer.norm, x, rows, normed);
-  linear(layer.fc1, normed, rows, inner);
+  linear(layer.fc1, convert(normed, rows, layer.fc1.in, scratch), rows, inner);
   activate(activation_fn_, inner, rows, layer.fc1.out);
-  linear(layer.fc2, inner, rows, x, true);
+  linear(layer.fc2, convert(inner, rows, layer.fc2.in, scratch), rows, x, true);
 }
 
 // One layer for sentences [begin, end), whose words are the rows of x.
@@ -319,13 +344,13 @@ void Translator::encode_block(const EncoderLayer& layer, const Sentences& senten
   const Rows gates = rows_of(scratch.wide, rows, layer.rnn.out);
   const Rows states = rows_of(scratch.narrow, rows, layer.rnn_out.in);
   normalize(layer.rnn_norm, x, rows, normed);
-  linear(layer.rnn, normed, rows, gates);
+  linear(layer.rnn, convert(normed, rows, layer.rnn.in, scratch), rows, gates);
   for (int64_t i = begin; i < end; ++i) {
     const int64_t row = sentences.begins[i] - first;
     cell_scan(encoder_cell_, gates.from(row), sentences.length(i), scratch.zeros.data(),
               states.from(row));
   }
-  linear(layer.rnn_out, states, rows, x, true);
+  linear(layer.rnn_out, convert(states, rows, layer.rnn_out.in, scratch), rows, x, true);
   feed_forward(layer.ffn, x, rows, scratch);
 }
 
@@ -354,10 +379,11 @@ int64_t Translator::memory_floats(int64_t length) const {
 
 void Translator::project(Rows encoder_out, int64_t length, float* memory, int64_t layer_stride,
                          Scratch& scratch) const {
+  const Rows input = convert(encoder_out, length, decoder_[0].keys_values.in, scratch);
   for (int64_t i = 0; i < layers(); ++i) {
     const PackedLinear& layer = decoder_[i].keys_values;
     const Rows keys_values = rows_of(scratch.wide, length, layer.out);
-    linear(layer, encoder_out, length, keys_values);
+    linear(layer, input, length, keys_values);
     store_memory(keys_values, length, heads_ * head_, memory + i * layer_stride);
   }
 }
@@ -374,7 +400,7 @@ void Translator::decode_block(int64_t index, const DecoderStep& step, int64_t be
   const Rows gates = rows_of(scratch.wide, rows, layer.rnn.out);
   const Rows states{step.next + (index * all_rows + first) * state_size, state_size};
   normalize(layer.rnn_norm, x, rows, normed);
-  linear(layer.rnn, normed, rows, gates);
+  linear(layer.rnn, convert(normed, rows, layer.rnn.in, scratch), rows, gates);
   scratch.states.resize(rows);
   for (int64_t i = 0; i < rows; ++i) {
     scratch.states[i] =
@@ -383,13 +409,13 @@ void Translator::decode_block(int64_t index, const DecoderStep& step, int64_t be
             : step.states + (index * step.old_rows + step.parents[first + i]) * state_size;
   }
   cell_step(decoder_cell_, gates, rows, scratch.states.data(), states);
-  linear(layer.rnn_out, states, rows, x, true);
+  linear(layer.rnn_out, convert(states, rows, layer.rnn_out.in, scratch), rows, x, true);
 
   // attention over the encoder: x + out(attend(query(norm(x))))
   const Rows queries = rows_of(scratch.wide, rows, layer.query.out);
   const Rows found = rows_of(scratch.narrow, rows, layer.attention_out.in);
   normalize(layer.attention_norm, x, rows, normed);
-  linear(layer.query, normed, rows, queries);
+  linear(layer.query, convert(normed, rows, layer.query.in, scratch), rows, queries);
   for (int64_t i = begin; i < end; ++i) {
     const Memory memory = step.memories[i]->layer(index, heads_ * head_);
     if (i + 1 < end) {
@@ -401,7 +427,7 @@ void Translator::decode_block(int64_t index, const DecoderStep& step, int64_t be
     float* weights = index == step.attention_layer ? step.attention[i] : nullptr;
     attend(attention, memory, queries.from(row), beams, found.from(row), weights);
   }
-  linear(layer.attention_out, found, rows, x, true);
+  linear(layer.attention_out, convert(found, rows, layer.attention_out.in, scratch), rows, x, true);
 
   feed_forward(layer.ffn, x, rows, scratch);
 }
@@ -500,7 +526,9 @@ void Share::step() {
   const int64_t columns = choice_.width + choice_.extras;
   log_probs_.resize(rows * columns);
   words_.resize(rows * columns);
-  best_words(translator_->projection(), features, rows, choice_,
+  const Rows converted =
+      translator_->convert(features, rows, translator_->projection().in, scratch_);
+  best_words(translator_->projection(), converted, rows, choice_,
              best_.floats(rows * best_words_floats(choice_.width)), log_probs_.data(),
              words_.data());
   search_.advance(log_probs_.data(), words_.data());
@@ -628,8 +656,9 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> Translator::step(
   TORCH_CHECK_VALUE(keys_values.sizes() == at::IntArrayRef({layers(), 1, count, floats}),
                     "keys_values must have shape (", layers(), ", 1, sentences, ", floats,
                     "), got ", keys_values.sizes());
-  TORCH_CHECK_VALUE(count > 0 && rows % count == 0, "there must be as many words for each of the ",
-                    count, " sentences, got ", rows);
+  TORCH_CHECK_VALUE(count > 0 && rows > 0 && rows % count == 0,
+                    "there must be as many words for each of the ", count, " sentences, got ",
+                    rows);
   TORCH_CHECK_VALUE(0 < heads && heads <= heads_, "alignment_heads must be from 1 to ", heads_,
                     ", got ", heads);
   const auto places = find_places(padding_mask, count, length);
@@ -716,12 +745,12 @@ Translation::Translation(c10::intrusive_ptr<Translator> translator, const Search
   const int64_t words = translator_->target_words();
   sentences_ = all.count();
   length_ = src_tokens.size(1);
-  TORCH_CHECK_VALUE(options.beam_size > 0 && options.min_length >= 0 &&
-                        options.min_length <= options.max_length && temperature > 0,
-                    "beam_size and temperature must be positive, and min_length from 0 to "
-                    "max_length, got ",
-                    options.beam_size, ", ", temperature, ", ", options.min_length, " and ",
-                    options.max_length);
+  TORCH_CHECK_VALUE(
+      0 < options.beam_size && options.beam_size <= words && options.min_length >= 0 &&
+          options.min_length <= options.max_length && temperature > 0,
+      "beam_size must be from 1 to the number of words, temperature positive, and "
+      "min_length from 0 to max_length, got ",
+      options.beam_size, ", ", temperature, ", ", options.min_length, " and ", options.max_length);
   for (const int64_t word : {options.bos, options.pad, options.eos, options.unk}) {
     TORCH_CHECK_INDEX(0 <= word && word < words, "words must be from 0 to ", words - 1, ", got ",
                       word);
@@ -754,6 +783,7 @@ Translation::~Translation() {
 }
 
 bool Translation::advance(double seconds) {
+  const std::lock_guard<std::mutex> lock(mutex_);
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
   at::parallel_for(0, shares_.size(), 1, [&](int64_t first, int64_t last) {
@@ -808,6 +838,31 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypothes
   return {counts, lengths, scores, words, log_probs, attention};
 }
 
+Product::Product(const Tensor& weight, const Tensor& bias, const std::string& compute_type)
+    : in_(weight.size(-1)), out_(weight.size(0)) {
+  Weights weights;
+  weights.insert("layer.weight", weight);
+  weights.insert("layer.bias", bias);
+  layer_ = Packer(weights, parse_compute_type(compute_type), packed_)
+               .linear({"layer"}, {1, out_}, {1, in_});
+}
+
+Tensor Product::forward(const Tensor& x) const {
+  check_float("x", x, 2);
+  TORCH_CHECK_VALUE(x.size(1) == in_, "x must have ", in_, " features, got ", x.size(1));
+  Tensor input = at::constant_pad_nd(x, {0, layer_.in - in_}).contiguous();
+  const int64_t rows = x.size(0);
+  if (layer_.type != ComputeType::kFloat32) {
+    const Tensor units = at::empty({rows, unit_stride(layer_.type, layer_.in)}, at::kFloat);
+    convert(layer_.type, {input.data_ptr<float>(), layer_.in}, rows, layer_.in,
+            {units.data_ptr<float>(), units.size(1)});
+    input = units;
+  }
+  const Tensor y = at::empty({rows, row_stride(out_)}, at::kFloat);
+  linear(layer_, {input.data_ptr<float>(), input.size(1)}, rows, {y.data_ptr<float>(), y.size(1)});
+  return y.slice(1, 0, out_);
+}
+
 }  // namespace lrn
 
 LRN_LIBRARY(m) {
@@ -819,11 +874,11 @@ LRN_LIBRARY(m) {
       .def(torch::init([](lrn::Weights weights, std::string activation, std::string activation_fn,
                           bool output_gate, int64_t heads, double encoder_scale,
                           double decoder_scale, int64_t pad, int64_t attention_layer,
-                          int64_t attention_heads) {
+                          int64_t attention_heads, std::string compute_type) {
         return c10::make_intrusive<Translator>(
-            weights,
-            lrn::TranslatorSettings{activation, activation_fn, output_gate, heads, encoder_scale,
-                                    decoder_scale, pad, attention_layer, attention_heads});
+            weights, lrn::TranslatorSettings{activation, activation_fn, output_gate, heads,
+                                             encoder_scale, decoder_scale, pad, attention_layer,
+                                             attention_heads, compute_type});
       }))
       .def("encode", [](const intrusive_ptr<Translator>& self,
                         const at::Tensor& src_tokens) { return self->encode(src_tokens); })
@@ -831,6 +886,9 @@ LRN_LIBRARY(m) {
            [](const intrusive_ptr<Translator>& self, const at::Tensor& encoder_out,
               const Optional& padding_mask) { return self->project(encoder_out, padding_mask); })
       .def("step", &Translator::step);
+  m.class_<lrn::Product>("Product")
+      .def(torch::init<at::Tensor, at::Tensor, std::string>())
+      .def("forward", &lrn::Product::forward);
   m.class_<Translation>("Translation")
       .def(torch::init([](const intrusive_ptr<Translator>& translator, const at::Tensor& src_tokens,
                           int64_t beam_size, int64_t min_length, int64_t max_length, int64_t bos,

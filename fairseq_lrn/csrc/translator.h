@@ -21,6 +21,8 @@ namespace lrn {
 // Weights by their names in the model's state_dict, a Linear's or LayerNorm's as those of a module.
 using Weights = c10::Dict<std::string, at::Tensor>;
 
+class Packer;
+
 // Memory at addresses that vectors like, in huge pages; it grows and keeps nothing.
 class Buffer {
  public:
@@ -101,7 +103,7 @@ struct DecoderStep {
 
 // Buffers of one thread.
 struct Scratch {
-  Buffer x, normed, wide, narrow, attention;
+  Buffer x, normed, wide, narrow, attention, units;
   std::vector<const float*> states;
   std::vector<float> zeros;
 };
@@ -162,6 +164,7 @@ class Translation : public torch::CustomClassHolder {
   c10::intrusive_ptr<Translator> translator_;
   int64_t sentences_, length_;
   std::vector<std::unique_ptr<Share>> shares_;  // sentence i is in share i % shares
+  std::mutex mutex_;                            // threads advance one after the other
 };
 
 struct TranslatorSettings {
@@ -171,6 +174,7 @@ struct TranslatorSettings {
   double encoder_scale, decoder_scale;  // of the embeddings
   int64_t pad;
   int64_t attention_layer, attention_heads;  // whose attention hypotheses have, the heads' mean
+  std::string compute_type;                  // of the products
 };
 
 class Translator : public torch::CustomClassHolder {
@@ -210,6 +214,9 @@ class Translator : public torch::CustomClassHolder {
   void decode(const DecoderStep& step, int64_t begin, int64_t end, Rows features,
               Scratch& scratch) const;
 
+  // Rows of a product's features in its type: x itself, or in the scratch's units.
+  Rows convert(Rows x, int64_t rows, int64_t size, Scratch& scratch) const;
+
   const PackedLinear& projection() const { return projection_; }
   int64_t state_size() const { return decoder_cell_.size; }
   int64_t width() const { return decoder_norm_.size; }
@@ -220,8 +227,6 @@ class Translator : public torch::CustomClassHolder {
   void give_back(std::unique_ptr<Share> share) const;
 
  private:
-  class Packer;
-
   void encode_block(const EncoderLayer& layer, const Sentences& sentences, int64_t begin,
                     int64_t end, Rows x, Scratch& scratch) const;
   void decode_block(int64_t layer, const DecoderStep& step, int64_t begin, int64_t end, Rows x,
@@ -230,6 +235,7 @@ class Translator : public torch::CustomClassHolder {
   template <typename F>
   void share_out(int64_t count, const F& f) const;
 
+  ComputeType compute_type_;
   Activation activation_fn_;
   int64_t heads_, head_, pad_, attention_layer_, attention_heads_;
   Cell encoder_cell_, decoder_cell_;
@@ -243,6 +249,20 @@ class Translator : public torch::CustomClassHolder {
 
   mutable std::mutex mutex_;
   mutable std::vector<std::unique_ptr<Share>> shares_;  // that wait for sentences
+};
+
+// One of the products alone, to test and to time.
+class Product : public torch::CustomClassHolder {
+ public:
+  Product(const at::Tensor& weight, const at::Tensor& bias, const std::string& compute_type);
+
+  // (rows, in) to (rows, out)
+  at::Tensor forward(const at::Tensor& x) const;
+
+ private:
+  int64_t in_, out_;
+  std::vector<std::unique_ptr<Buffer>> packed_;
+  PackedLinear layer_;
 };
 
 }  // namespace lrn

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -17,31 +18,107 @@ constexpr int64_t kTileRows = 6;  // with these and the vectors below, sums fill
 template <int kLanes>
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
 
+// How 32 bits of weights in each lane meet 32 bits of a row.
+enum class Dot { kFloat32, kBfloat16, kBfloat16Widened, kInt8, kInt8Widened };
+
+constexpr bool is_int8(Dot dot) { return dot == Dot::kInt8 || dot == Dot::kInt8Widened; }
+
+template <Dot kDot, int kLanes>
+using Sums = std::conditional_t<is_int8(kDot), Ints<kLanes>, Floats<kLanes>>;
+
+// The products of 16-bit integers, those of a lane added.
+template <int kLanes>
+LRN_HD Ints<kLanes> dot_shorts(const Shorts<kLanes>& a, const Shorts<kLanes>& b) {
+#if defined(__x86_64__)
+  Ints<kLanes> result;
+  if constexpr (kLanes == 4) {
+    Shorts<kLanes> products = a;
+    asm("pmaddwd %1, %0" : "+x"(products) : "x"(b));
+    result = as<Ints<kLanes>>(products);
+  } else {
+    asm("vpmaddwd %2, %1, %0" : "=v"(result) : "v"(a), "v"(b));
+  }
+  return result;
+#else
+  const auto x = as<Ints<kLanes>>(a), y = as<Ints<kLanes>>(b);
+  return ((x << 16) >> 16) * ((y << 16) >> 16) + (x >> 16) * (y >> 16);
+#endif
+}
+
+// Adds the products of 32 bits of a row and of weights.
+template <Dot kDot, int kLanes>
+LRN_HD Sums<kDot, kLanes> dot(const Sums<kDot, kLanes>& old, const Floats<kLanes>& weights,
+                              float row) {
+  typedef Floats<kLanes> V;
+  typedef Shorts<kLanes> S;
+  if constexpr (kDot == Dot::kFloat32) {
+    return old + weights * row;
+  } else {
+    Sums<kDot, kLanes> sums = old;
+    const auto w = as<Ints<kLanes>>(weights), x = Ints<kLanes>{} + as<int32_t>(row);
+    if constexpr (kDot == Dot::kBfloat16Widened) {
+      sums += as<V>(w << 16) * as<V>(x << 16);
+      sums += as<V>(w & -65536) * as<V>(x & -65536);
+    } else if constexpr (kDot == Dot::kInt8Widened) {
+      const S even = (as<S>(w) << 8) >> 8, odd = as<S>(w) >> 8;
+      const S signed_x = as<S>(x ^ static_cast<int32_t>(0x80808080));
+      sums +=
+          dot_shorts<kLanes>(even, (signed_x << 8) >> 8) + dot_shorts<kLanes>(odd, signed_x >> 8);
+    }
+#if defined(__x86_64__)  // GCC keeps the sums of its own functions for these in memory
+    if constexpr (kDot == Dot::kBfloat16) {
+      asm("vdpbf16ps %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    } else if constexpr (kDot == Dot::kInt8 && kLanes == 16) {
+      asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "v"(w));
+    } else if constexpr (kDot == Dot::kInt8) {
+      asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(x), "x"(w));
+    }
+#endif
+    return sums;
+  }
+}
+
 // kRows rows meet kTileVectors vectors of outputs.
-template <int kLanes, int kRows>
-LRN_HD void tile(const float* weights, const float* bias, int64_t in, Rows x, Rows y, bool add) {
+template <Dot kDot, int kLanes, int kRows>
+LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows x, Rows y,
+                 bool add) {
   constexpr int kVectors = kTileVectors<kLanes>;
-  Floats<kLanes> sums[kRows][kVectors];
+  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn; there are 4 at least
+  typedef Floats<kLanes> V;
+  typedef Sums<kDot, kLanes> S;
+  constexpr ComputeType kType = is_int8(kDot)           ? ComputeType::kInt8
+                                : kDot == Dot::kFloat32 ? ComputeType::kFloat32
+                                                        : ComputeType::kBfloat16;
+  const int64_t end = units(kType, layer.in);
+  const float* weights = layer.data + index * (end + (is_int8(kDot) ? 3 : 1)) * kPanel + column;
+  S sums[kRows][kVectors];
 #pragma GCC unroll 8
   for (int c = 0; c < kVectors; ++c) {
-    const Floats<kLanes> start = load<kLanes>(bias + c * kLanes);
+    S start = {};
+    if constexpr (kDot != Dot::kInt8Widened) {
+      std::memcpy(&start, weights + c * kLanes, sizeof(start));
+    }
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       sums[r][c] = start;
     }
   }
-  for (int64_t k = 0; k < in; ++k, weights += kPanel) {
-    Floats<kLanes> w[kVectors];
+  weights += kPanel;
+  for (int64_t k = 0; k < end; k += kUnits) {
 #pragma GCC unroll 8
-    for (int c = 0; c < kVectors; ++c) {
-      w[c] = load<kLanes>(weights + c * kLanes);
-    }
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) {
-      const float value = x[r][k];
+    for (int i = 0; i < kUnits; ++i, weights += kPanel) {
+      V w[kVectors];
 #pragma GCC unroll 8
       for (int c = 0; c < kVectors; ++c) {
-        sums[r][c] += w[c] * value;
+        w[c] = load<kLanes>(weights + c * kLanes);
+      }
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        const float value = x[r][k + i];
+#pragma GCC unroll 8
+        for (int c = 0; c < kVectors; ++c) {
+          sums[r][c] = dot<kDot, kLanes>(sums[r][c], w[c], value);
+        }
       }
     }
   }
@@ -49,48 +126,133 @@ LRN_HD void tile(const float* weights, const float* bias, int64_t in, Rows x, Ro
   for (int r = 0; r < kRows; ++r) {
 #pragma GCC unroll 8
     for (int c = 0; c < kVectors; ++c) {
-      float* output = y[r] + c * kLanes;
-      store(output, add ? sums[r][c] + load<kLanes>(output) : sums[r][c]);
+      V result;
+      if constexpr (is_int8(kDot)) {
+        result = __builtin_convertvector(sums[r][c], V) * x[r][end];
+        result *= load<kLanes>(weights + c * kLanes);
+        round_here(result);
+        result += load<kLanes>(weights + kPanel + c * kLanes);
+      } else {
+        result = sums[r][c];
+      }
+      float* to = y[r] + c * kLanes;
+      store(to, add ? result + load<kLanes>(to) : result);
     }
   }
 }
 
 // kRows rows meet a panel.
-template <int kLanes, int kRows>
+template <Dot kDot, int kLanes, int kRows>
 LRN_HD void panel(const PackedLinear& layer, int64_t index, Rows x, Rows y, bool add) {
   constexpr int kColumns = kTileVectors<kLanes> * kLanes;
-  const float* weights = layer.weights + index * layer.in * kPanel;
   for (int64_t column = 0; column < kPanel; column += kColumns) {
-    tile<kLanes, kRows>(weights + column, layer.bias + index * kPanel + column, layer.in, x,
-                        {y.data + column, y.stride}, add);
+    tile<kDot, kLanes, kRows>(layer, index, column, x, {y.data + column, y.stride}, add);
   }
 }
 
-template <int kLanes>
+template <Dot kDot, int kLanes>
 LRN_HD void panel(const PackedLinear& layer, int64_t index, Rows x, int64_t rows, Rows y,
                   bool add) {
   switch (rows) {
     case 1:
-      return panel<kLanes, 1>(layer, index, x, y, add);
+      return panel<kDot, kLanes, 1>(layer, index, x, y, add);
     case 2:
-      return panel<kLanes, 2>(layer, index, x, y, add);
+      return panel<kDot, kLanes, 2>(layer, index, x, y, add);
     case 3:
-      return panel<kLanes, 3>(layer, index, x, y, add);
+      return panel<kDot, kLanes, 3>(layer, index, x, y, add);
     case 4:
-      return panel<kLanes, 4>(layer, index, x, y, add);
+      return panel<kDot, kLanes, 4>(layer, index, x, y, add);
     case 5:
-      return panel<kLanes, 5>(layer, index, x, y, add);
+      return panel<kDot, kLanes, 5>(layer, index, x, y, add);
     default:
-      return panel<kLanes, kTileRows>(layer, index, x, y, add);
+      return panel<kDot, kLanes, kTileRows>(layer, index, x, y, add);
   }
 }
 
-template <int kLanes>
+template <Dot kDot, int kLanes>
 LRN_HD void linear(const PackedLinear& layer, Rows x, int64_t rows, Rows y, bool add) {
   for (int64_t index = 0; index < layer.panels(); ++index) {
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const Rows output{y[row] + index * kPanel, y.stride};
-      panel<kLanes>(layer, index, x.from(row), std::min(kTileRows, rows - row), output, add);
+      panel<kDot, kLanes>(layer, index, x.from(row), std::min(kTileRows, rows - row), output, add);
+    }
+  }
+}
+
+// Calls f with the type's Dot that the instruction set in use has.
+template <int kLanes, typename F>
+LRN_HD void with_dot(ComputeType type, const F& f) {
+  if (type == ComputeType::kFloat32) {
+    return f(std::integral_constant<Dot, Dot::kFloat32>());
+  }
+  const Isa in_use = isa();
+  if (type == ComputeType::kBfloat16) {
+    if constexpr (kLanes == 16 && LRN_AVX512_BF16) {
+      if (in_use == Isa::kAvx512Bf16) {
+        return f(std::integral_constant<Dot, Dot::kBfloat16>());
+      }
+    }
+    return f(std::integral_constant<Dot, Dot::kBfloat16Widened>());
+  }
+  if constexpr (kLanes == 16 || (kLanes == 8 && LRN_AVX2_VNNI)) {
+    if (kLanes == 16 ? in_use >= Isa::kAvx512Vnni : in_use == Isa::kAvx2Vnni) {
+      return f(std::integral_constant<Dot, Dot::kInt8>());
+    }
+  }
+  return f(std::integral_constant<Dot, Dot::kInt8Widened>());
+}
+
+template <int kLanes>
+LRN_HD void linear(const PackedLinear& layer, Rows x, int64_t rows, Rows y, bool add) {
+  with_dot<kLanes>(layer.type, [&](auto dot) __attribute__((always_inline)) {
+    linear<dot(), kLanes>(layer, x, rows, y, add);
+  });
+}
+
+// Nearest bfloat16, ties to even; a NaN stays one.
+template <int kLanes>
+LRN_HD void to_bfloat16(const float* x, int64_t size, float* y) {
+  typedef uint16_t Halves __attribute__((vector_size(kLanes * sizeof(uint16_t))));
+  for (int64_t i = 0; i < size; i += kLanes) {
+    const Floats<kLanes> v = load<kLanes>(x + i);
+    Ints<kLanes> bits = as<Ints<kLanes>>(v);
+    bits = v == v ? bits + 0x7fff + ((bits >> 16) & 1) : bits | 0x400000;
+    const Halves halves = __builtin_convertvector(bits >> 16, Halves);
+    std::memcpy(y + i / 2, &halves, sizeof(halves));
+  }
+}
+
+// Nearest multiple of the largest value's 127th part, ties to even. The scale is NaN if a value is.
+template <int kLanes>
+LRN_HD void to_int8(const float* x, int64_t size, float* y) {
+  typedef Ints<kLanes> I;
+  I largest{};  // as integers, since NaN is the largest of all then
+  for (int64_t i = 0; i < size; i += kLanes) {
+    largest = max(largest, as<I>(load<kLanes>(x + i)) & 0x7fffffff);
+  }
+  const float most = as<float>(maximum<kLanes>(largest)), inverse = 127 / most;
+  for (int64_t i = 0; i < size; i += kLanes) {
+    Floats<kLanes> v = load<kLanes>(x + i) * inverse;
+    round_here(v);
+    v += 12582912.0f + 128;  // 1.5 * 2^23 rounds to an integer in the low bits
+    store_bytes<kLanes>(y + i / 4, as<I>(v));
+  }
+  y[size / 4] = most / 127;
+}
+
+template <int kLanes>
+LRN_HD void convert_rows(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y) {
+  for (int64_t row = 0; row < rows; ++row) {
+    switch (type) {
+      case ComputeType::kFloat32:
+        std::copy_n(x[row], size, y[row]);
+        break;
+      case ComputeType::kBfloat16:
+        to_bfloat16<kLanes>(x[row], size, y[row]);
+        break;
+      case ComputeType::kInt8:
+        to_int8<kLanes>(x[row], size, y[row]);
+        break;
     }
   }
 }
@@ -316,7 +478,7 @@ LRN_HD void attend_rows(const Attention& a, const Memory& memory, Rows query, in
   }
 }
 
-// What is known of a row's scores after some panels: the sum of 2^(score * log2(e) - reference),
+// What is known of a row's scores after some panels: the sum of exp(score - reference),
 // and the best words in descending order. Words at or below the threshold are not among the best.
 struct Best {
   float* sums;  // of each lane
@@ -357,7 +519,7 @@ LRN_HD void insert(const Best& best, float value, int32_t word) {
 // Begins with the first panel: as many words as are wanted are above the threshold.
 LRN_HD void start(const Best& best, const float* scores, uint64_t excluded, float highest) {
   std::fill_n(best.sums, 16, 0.0f);
-  *best.reference = std::max(highest * kLog2E, -1e30f);
+  *best.reference = std::max(highest, -1e30f);
   std::fill_n(best.values - 1, best.capacity + 1, kNone);
   std::fill_n(best.words - 1, best.capacity + 1, 0.0f);
   best.values[-1] = -kNone;
@@ -397,9 +559,9 @@ LRN_HD void update(const Best& best, const float* scores, int64_t first, uint64_
   }
   const bool found = greater<kLanes>(top, V{} + *best.threshold) != 0;
   if (__builtin_expect(found, 0)) {
-    const float highest = maximum<kLanes>(top) * kLog2E;
-    if (highest > *best.reference + 100) {  // the sum could overflow
-      const float scale = std::exp2(*best.reference - highest);
+    const float highest = maximum<kLanes>(top);
+    if (highest > *best.reference + 70) {  // the sum could overflow
+      const float scale = std::exp(*best.reference - highest);
       store(best.sums, load<kLanes>(best.sums) * scale);
       *best.reference = highest;
     }
@@ -407,7 +569,7 @@ LRN_HD void update(const Best& best, const float* scores, int64_t first, uint64_
   V sums[2] = {load<kLanes>(best.sums), V{}};
 #pragma GCC unroll 16
   for (int c = 0; c < kVectors; ++c) {
-    sums[c % 2] += exp2<kLanes>(x[c] * kLog2E - *best.reference);
+    sums[c % 2] += exp2<kLanes>((x[c] - *best.reference) * kLog2E);
   }
   store(best.sums, sums[0] + sums[1]);
   if (__builtin_expect(found, 0)) {
@@ -426,18 +588,7 @@ LRN_HD void update(const Best& best, const float* scores, int64_t first, uint64_
   }
 }
 
-// The score of one word, summed in the order of tile().
-LRN_HD float score(const PackedLinear& projection, const float* features, int64_t word) {
-  const int64_t index = word / kPanel, column = word % kPanel;
-  const float* weights = projection.weights + index * projection.in * kPanel + column;
-  float sum = projection.bias[word];
-  for (int64_t k = 0; k < projection.in; ++k) {
-    sum += weights[k * kPanel] * features[k];
-  }
-  return sum;
-}
-
-template <int kLanes>
+template <Dot kDot, int kLanes>
 LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64_t rows,
                             const WordChoice& choice, float* buffer, float* log_probs,
                             int64_t* words) {
@@ -454,7 +605,7 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
     }
     for (int64_t row = 0; row < rows; row += kTileRows) {
       const int64_t count = std::min(kTileRows, rows - row);
-      panel<kLanes>(projection, index, features.from(row), count, {scores, kPanel}, false);
+      panel<kDot, kLanes>(projection, index, features.from(row), count, {scores, kPanel}, false);
       if (scale != 1) {
         for (float& x : scores) {
           x *= scale;
@@ -468,7 +619,7 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
   }
   for (int64_t row = 0; row < rows; ++row) {
     const Best best(buffer + row * floats, width);
-    const float log_sum = *best.reference * kLn2 + std::log(sum<kLanes>(load<kLanes>(best.sums)));
+    const float log_sum = *best.reference + std::log(sum<kLanes>(load<kLanes>(best.sums)));
     const auto write = [&](float score, int64_t word) {
       const float log_prob = score - log_sum;
       *log_probs++ = log_prob == log_prob ? log_prob : kNone;
@@ -481,12 +632,17 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
     }
     for (int64_t i = 0; i < choice.extras; ++i) {
       const int64_t word = choice.extra[row * choice.extras + i];
-      write(score(projection, features[row], word) * scale, word);
+      panel<kDot, kLanes, 1>(projection, word / kPanel, features.from(row), {scores, kPanel},
+                             false);
+      write(scores[word % kPanel] * scale, word);
     }
   }
 }
 
 #define ENTRIES(suffix, attribute)                                                                \
+  attribute void convert_##suffix(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y) { \
+    convert_rows<kLanes_##suffix>(type, x, rows, size, y);                                        \
+  }                                                                                               \
   attribute void linear_##suffix(const PackedLinear& layer, Rows x, int64_t rows, Rows y,         \
                                  bool add) {                                                      \
     linear<kLanes_##suffix>(layer, x, rows, y, add);                                              \
@@ -512,12 +668,47 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
   attribute void best_words_##suffix(const PackedLinear& projection, Rows features, int64_t rows, \
                                      const WordChoice& choice, float* buffer, float* log_probs,   \
                                      int64_t* words) {                                            \
-    best_words_rows<kLanes_##suffix>(projection, features, rows, choice, buffer, log_probs,       \
-                                     words);                                                      \
+    with_dot<kLanes_##suffix>(projection.type, [&](auto dot) __attribute__((always_inline)) {     \
+      best_words_rows<dot(), kLanes_##suffix>(projection, features, rows, choice, buffer,         \
+                                              log_probs, words);                                  \
+    });                                                                                           \
   }
 LRN_EACH_ISA(ENTRIES)
 
 }  // namespace
+
+void convert(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y) {
+  LRN_PICK(convert, )(type, x, rows, size, y);
+}
+
+void pack(const PackedLinear& layer, int64_t output, const float* row, float bias) {
+  std::vector<float> packed(unit_stride(layer.type, layer.in));
+  convert(layer.type, {const_cast<float*>(row), 0}, 1, layer.in, {packed.data(), 0});
+  const int64_t count = units(layer.type, layer.in);
+  float* to = layer.data + output / kPanel * layer.panel_size() + output % kPanel;
+  const auto put = [&to](const auto& value) {
+    std::memcpy(to, &value, sizeof(*to));
+    to += kPanel;
+  };
+  if (layer.type == ComputeType::kInt8) {
+    int8_t* bytes = reinterpret_cast<int8_t*>(packed.data());
+    int32_t sum = 0;
+    for (int64_t i = 0; i < layer.in; ++i) {
+      bytes[i] ^= -128;
+      sum += bytes[i];
+    }
+    put(-128 * sum);
+  } else {
+    put(bias);
+  }
+  for (int64_t k = 0; k < count; ++k) {
+    put(packed[k]);
+  }
+  if (layer.type == ComputeType::kInt8) {
+    put(packed[count]);
+    put(bias);
+  }
+}
 
 void linear(const PackedLinear& layer, Rows x, int64_t rows, Rows y, bool add) {
   LRN_PICK(linear, )(layer, x, rows, y, add);

@@ -25,14 +25,42 @@ struct Rows {
   Rows from(int64_t row) const { return {data + row * stride, stride}; }
 };
 
-// y = W x + b. A panel has the weights of kPanel outputs, the outputs of one input after another.
+// The type of the numbers that products multiply. They add float32, or int32 where it is int8; a
+// row of features and one of weights have a scale each, by which their largest int8 is 127.
+enum class ComputeType { kFloat32, kBfloat16, kInt8 };
+
+// 32 bits hold one feature, two or four. Rows of int8 have 128 added to each byte, as VNNI takes
+// them, and their scale behind them.
+inline int64_t units(ComputeType type, int64_t features) {
+  return type == ComputeType::kFloat32 ? features
+         : type == ComputeType::kInt8  ? features / 4
+                                       : features / 2;
+}
+inline int64_t unit_stride(ComputeType type, int64_t features) {
+  return units(type, features) + (type == ComputeType::kInt8 ? 4 : 0);
+}
+
+// Writes rows of floats as rows of that type.
+void convert(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y);
+
+// y = W x + b. A panel has rows of kPanel outputs: what their sums begin with, that is the bias, or
+// what takes the 128 added to features away again; the weights of one unit after another; and of
+// int8 the scales and the bias.
 struct PackedLinear {
+  ComputeType type;
   int64_t in, out;
-  const float *weights, *bias;  // (panels, in, kPanel), (panels, kPanel)
+  float* data;
 
   int64_t panels() const { return (out + kPanel - 1) / kPanel; }
+  int64_t panel_size() const {
+    return (units(type, in) + (type == ComputeType::kInt8 ? 3 : 1)) * kPanel;
+  }
 };
 
+// Writes the weights of one output.
+void pack(const PackedLinear& layer, int64_t output, const float* row, float bias);
+
+// x has the layer's type.
 void linear(const PackedLinear& layer, Rows x, int64_t rows, Rows y, bool add = false);
 
 struct Norm {
@@ -95,8 +123,9 @@ struct WordChoice {
   float temperature;
 };
 
-// Writes (rows, width + extras) of each; where there is no word, or a score is NaN, the
-// log-probability is minus infinity. buffer has best_words_floats(width) for each row.
+// features have the projection's type. Writes (rows, width + extras) of each; where there is no
+// word, or a score is NaN, the log-probability is minus infinity. buffer has
+// best_words_floats(width) for each row.
 int64_t best_words_floats(int64_t width);
 void best_words(const PackedLinear& projection, Rows features, int64_t rows,
                 const WordChoice& choice, float* buffer, float* log_probs, int64_t* words);

@@ -5,16 +5,19 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.search import BeamSearch
-from fairseq.sequence_generator import SequenceGenerator, SequenceGeneratorWithAlignment
+from fairseq.sequence_generator import EnsembleModel, SequenceGenerator, SequenceGeneratorWithAlignment
 from torch import Tensor
 
 from ..models.deepnmt import DeepNMTModel
 from ..models.lrn import LRNModel
 from ..ops import log_softmax_topk
 from ..ops._library import loaded
+from .cuda_graph import StepGraphs
+from .reading import replaced_method
 from .translator import Translator
 
 Hypothesis = Dict[str, Tensor]
+_NET_INPUT = {"src_tokens", "src_lengths", "prev_output_tokens"}
 
 
 class BeamSearchGenerator(SequenceGenerator):
@@ -22,15 +25,23 @@ class BeamSearchGenerator(SequenceGenerator):
 
     The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses
     are read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are
-    native too. Otherwise the model's own modules make them, on any device. Ensembles, other models, adaptive
+    native too. Otherwise the model's own modules make them, on any device; on a GPU :class:`StepGraphs` has
+    captured them where it knows the model. Ensembles, other models, adaptive
     softmax, sampling and other searches, constraints, a language model, and n-grams that may not repeat use
     fairseq's own search.
     """
 
-    def __init__(self, models, tgt_dict, **kwargs):
-        """Take the arguments of fairseq's generator."""
+    def __init__(self, models, tgt_dict, compute_type="float32", **kwargs):
+        """Take the arguments of fairseq's generator, and one of the translator's.
+
+        Args:
+            compute_type: see :class:`Translator`; translating raises ValueError where it is not float32 and
+                the translator does not make the steps
+        """
         super().__init__(models, tgt_dict, **kwargs)
+        self.compute_type = compute_type
         self.translator = Translator.of(self.model.single_model)
+        self.graphs = StepGraphs(self.model.single_model)
 
     def _generate(
         self,
@@ -49,8 +60,19 @@ class BeamSearchGenerator(SequenceGenerator):
             and self.repeat_ngram_blocker is None
             and self.token_indices_to_suppress is None
             and not self.match_source_len
+            and sample["net_input"].keys() <= _NET_INPUT
+            and not any(hasattr(EnsembleModel, name) for name in vars(self.model))
         )
-        native = self.translator.native() if plain and not torch._C._is_any_autocast_enabled() else None
+        if self.translator is None:  # a copy has none
+            self.translator = Translator.of(self.model.single_model)
+        autocast = torch._C._is_any_autocast_enabled()
+        native = self.translator.native(self.compute_type) if plain and not autocast else None
+        if native is None and self.compute_type != "float32":
+            reason = "autocast is on" if autocast else self.translator.reason
+            raise ValueError(
+                f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules "
+                f"translate, as here: {reason if plain else 'this is no plain beam search with one model'}"
+            )
         if native is None and not (plain and _is_unchanged(self.model.single_model)):
             return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
         src_tokens = sample["net_input"]["src_tokens"]
@@ -70,18 +92,21 @@ class BeamSearchGenerator(SequenceGenerator):
             self.normalize_scores,
             prefix_tokens,
         )
-        if native is None:
-            found = self._search(sample["net_input"], options)
-        else:
+        if native is not None:
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
+        else:
+            search = torch.classes.fairseq_lrn.BeamSearch(len(src_tokens), *options)
+            if self.graphs.serve(self.beam_size) and not torch._C._is_any_autocast_enabled():
+                found = self.graphs.search(sample["net_input"], search, self.beam_size, self.temperature)
+            else:
+                found = self._search(sample["net_input"], search)
         return _check(sample, _split(*found))
 
-    def _search(self, net_input: Dict[str, Tensor], options: Tuple[Any, ...]) -> Tuple[Tensor, ...]:
+    def _search(self, net_input: Dict[str, Tensor], search: Any) -> Tuple[Tensor, ...]:
         """Search with the model's own modules; returns what :meth:`Translator.search` does."""
         encoder, decoder = self.model.single_model.encoder, self.model.single_model.decoder
         device = net_input["src_tokens"].device
         sentences, source_length = net_input["src_tokens"].shape
-        search = torch.classes.fairseq_lrn.BeamSearch(sentences, *options)
         encoder_out = encoder.forward_torchscript(net_input)
         state: Dict[str, Dict[str, Optional[Tensor]]] = {}
         rows = sentences
@@ -122,9 +147,13 @@ def _is_unchanged(model: Any) -> bool:
     if type(model) not in (DeepNMTModel, LRNModel) or model.decoder.output_projection is None:
         return False
     parts = {model.encoder: model.encoder_class, model.decoder: model.decoder_class}
-    return "get_normalized_probs" not in vars(model) and all(
-        type(part) is kind and not any(hasattr(kind, name) for name in vars(part))
-        for part, kind in parts.items()
+    return (
+        "get_normalized_probs" not in vars(model)
+        and replaced_method() is None
+        and all(
+            type(part) is kind and not any(hasattr(kind, name) for name in vars(part))
+            for part, kind in parts.items()
+        )
     )
 
 

@@ -4,7 +4,7 @@ import functools
 import itertools
 import operator
 import types
-from typing import Any, Callable, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Mapping, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.modules import module as modules
 
 from ..models.base import Dropout
+from ..models.deepnmt import DeepNMTModel
 from ..models.lrn import LRNModel
 from ..models.lrn_decoder import LRNDecoder
 from ..models.lrn_encoder import LRNEncoder
@@ -58,12 +59,22 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     LRNDecoder: ("embed_scale", "num_layers", "alignment_layer", "alignment_heads"),
     FeedForward: ("activation_fn",),
     EncoderAttention: ("head_dim",),
-    LRN: ("activation", "output_gate", "bidirectional", "num_layers", "layer_norm", "batch_first"),
+    LRN: ("activation", "output_gate", "bidirectional", "num_layers", "layer_norm", "batch_first", "bias"),
     nn.LayerNorm: ("eps",),
     nn.Embedding: ("max_norm",),
-    Dropout: ("apply_during_inference",),
-    WordDropout: ("apply_during_inference",),
+    Dropout: ("apply_during_inference", "p"),
+    WordDropout: ("apply_during_inference", "p"),
 }
+# What these classes were when this file was read: nobody had changed a method yet.
+_METHODS = {
+    kind: vars(kind).copy()
+    for known in (*CHILDREN, DeepNMTModel)
+    for kind in known.__mro__
+    if kind is not object
+}
+_FORWARD, _VERSION = operator.attrgetter("forward"), operator.attrgetter("_version")
+_ACTIVATIONS = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
+_LINEAR_CODE = get_activation_fn("linear").__code__  # a new function each time
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
 
 
@@ -74,8 +85,8 @@ class Unknown(Exception):
 class Snapshot:
     """What a model's results follow from, but for the weights' values: compared before each use.
 
-    It sees modules, hooks, parameters and settings that come, go or are replaced. It makes few calls, since a
-    sentence may take less than a millisecond.
+    It sees modules, hooks, parameters and settings that come, go or are replaced, and weights that are
+    written to in place, unless by ``.data``. It makes few calls: a sentence may take less than a millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,6 +101,7 @@ class Snapshot:
         self.owners = list(filter(None, self.owners))
         self.owned = list(self._owned())  # kept, so that no other object gets their ids
         self.parameters = [value for value in self.owned if isinstance(value, Tensor)]
+        self.versioned = [value for value in self.parameters if not value.is_inference()]
         self.was = self._now()
 
     def _owned(self) -> Iterator[Any]:
@@ -102,6 +114,9 @@ class Snapshot:
             list(map(len, self.hooks)),
             list(map(id, self._owned())),
             list(map(Tensor.data_ptr, self.parameters)),
+            list(map(Tensor.stride, self.parameters)),
+            list(map(_VERSION, self.versioned)),
+            list(map(_FORWARD, CHILDREN)),
             [get(state) for get, state in zip(self.getters, self.states)],
         ]
 
@@ -113,22 +128,38 @@ class Snapshot:
             return False
 
 
-def read(model: nn.Module) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
+def replaced_method() -> Optional[str]:
+    """Return which method of the models' classes is not what it was, or None."""
+    for kind, methods in _METHODS.items():
+        for name, now in vars(kind).items():
+            if callable(now) and now is not methods.get(name):
+                return f"{kind.__name__}.{name}"
+    return None
+
+
+def read(
+    model: nn.Module, device_type: str = "cpu", dtypes: Tuple[torch.dtype, ...] = (torch.float32,)
+) -> Tuple[Dict[str, Tensor], Dict[str, Any]]:
     """Return the weights of ``model`` by their names, with each LayerNorm's eps, and the other settings.
 
     Raises:
-        Unknown: the native translator cannot compute what the model does
+        Unknown: the model is no ``lrn`` whose results follow from these alone, or its weights are on another
+            type of device or of another dtype
     """
     if any(_GLOBAL_HOOKS):
         raise Unknown("hooks on all modules are registered")
     if type(model) is not LRNModel:
         raise Unknown(f"the model is a {type(model).__name__}")
+    replaced = replaced_method()
+    if replaced is not None:
+        raise Unknown(f"{replaced} was replaced")
     weights: Dict[str, Tensor] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         _check(name or "the model", module)
         for parameter, value in module._parameters.items():
             if value is not None:
-                weights[f"{name}.{parameter}"] = _check_weight(f"{name}.{parameter}", value)
+                weights[f"{name}.{parameter}"] = value.detach()
+                _check_weight(f"{name}.{parameter}", value, device_type, dtypes)
         if type(module) is nn.LayerNorm:
             weights[f"{name}.eps"] = torch.tensor(float(module.eps))
 
@@ -181,7 +212,13 @@ def _check(name: str, module: nn.Module) -> None:
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     if not all(map(_is_quantization_noise, hooks)):
         raise Unknown(f"{name} has a hook")
-    own = [attribute for attribute in vars(module) if hasattr(kind, attribute) and attribute != "train"]
+    tensors = [attribute for attribute, value in vars(module).items() if isinstance(value, Tensor)]
+    if module._buffers or tensors:
+        raise Unknown(f"{name}.{[*module._buffers, *tensors][0]} is no parameter")
+    if kind is LRN and module.bias != (module._parameters.get("bias_ih_l0") is not None):
+        raise Unknown(f"{name} has a bias that does not count")
+    harmless = {"train", "_compiled_call_impl"}
+    own = [attribute for attribute in vars(module).keys() - harmless if hasattr(kind, attribute)]
     if own and not (own == ["forward"] and _is_checkpointed(module)):
         raise Unknown(f"{name} has a {own[0]} of its own")
     if kind is nn.LayerNorm and None in (module.weight, module.bias):
@@ -204,12 +241,11 @@ def _is_checkpointed(module: nn.Module) -> bool:
     )
 
 
-def _check_weight(name: str, value: Tensor) -> Tensor:
+def _check_weight(name: str, value: Tensor, device_type: str, dtypes: Tuple[torch.dtype, ...]) -> None:
     if type(value) is not nn.Parameter:
         raise Unknown(f"{name} is a {type(value).__name__}")
-    if value.dtype != torch.float32 or value.device.type != "cpu":
+    if value.dtype not in dtypes or value.device.type != device_type:
         raise Unknown(f"{name} is {value.dtype} on {value.device}")
-    return value.detach()
 
 
 def _same(name: str, owners: List[nn.Module], read: Callable = lambda value: value) -> Any:
@@ -220,10 +256,8 @@ def _same(name: str, owners: List[nn.Module], read: Callable = lambda value: val
 
 
 def _activation(function: Callable) -> str:
-    known = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
-    linear = get_activation_fn("linear")  # a new function each time
-    if getattr(function, "__code__", None) is linear.__code__:
+    if getattr(function, "__code__", None) is _LINEAR_CODE:
         return "linear"
-    if function not in known:
+    if function not in _ACTIVATIONS:
         raise Unknown(f"the activation function is {getattr(function, '__name__', function)}")
-    return known[function]
+    return _ACTIVATIONS[function]

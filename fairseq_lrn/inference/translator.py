@@ -12,6 +12,7 @@ from ..ops._library import loaded
 from .reading import Snapshot, Unknown, read
 
 logger = logging.getLogger(__name__)
+COMPUTE_TYPES = ["float32", "bfloat16", "int8"]
 _SECONDS = 0.2  # after which Python may handle a signal
 
 
@@ -19,8 +20,16 @@ class Translator:
     """Translates as a model ``lrn`` does, with its weights packed for the CPU.
 
     Weights are packed when they are first needed. They are packed again where modules, parameters or settings
-    were replaced since, after the model's ``train()``, ``eval()`` and ``load_state_dict()``, and after
-    :meth:`refresh`. A model that is not exactly known translates with its own modules; the log says why.
+    were replaced since, where weights were written to in place, after the model's ``train()``, ``eval()`` and
+    ``load_state_dict()``, and after :meth:`refresh`, which writing by ``.data`` needs. A model that is not
+    exactly known translates with its own modules; the log says why.
+
+    Products with weights are computed in one of the :data:`COMPUTE_TYPES`, all else in float32:
+
+    - ``float32``, as the model computes them
+    - ``bfloat16``: weights and features are rounded to it, and sums are float32
+    - ``int8``: each row of weights and each row of features is divided by the 127th part of its largest
+      absolute value and rounded to integers, whose products are added exactly
 
     Args:
         model: any fairseq model
@@ -28,8 +37,8 @@ class Translator:
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
-        self._snapshot: Optional[Snapshot] = None
-        self._native: Any = None
+        self._packed: Optional[Tuple[Snapshot, Dict[str, Any]]] = None  # native translators by compute type
+        self._native: Any = None  # the one whose parts stand in for the model's own
         self._lock = threading.Lock()
         self.reason: Optional[str] = None
 
@@ -48,29 +57,44 @@ class Translator:
 
     def refresh(self) -> None:
         """Pack the weights again before the next use."""
-        self._snapshot = None
+        self._packed = None
 
-    def native(self) -> Any:
-        """Return the native translator of the model as it is now, or None, for the :attr:`reason`."""
-        snapshot = self._snapshot
-        if snapshot is None or not snapshot.same():
+    def translates(self, part: torch.nn.Module) -> bool:
+        """Whether ``part`` is the model's encoder or decoder."""
+        return part is self._model.encoder or part is self._model.decoder
+
+    def native(self, compute_type: str = "float32") -> Any:
+        """Return the native translator of the model as it is now, or None, for the :attr:`reason`.
+
+        Args:
+            compute_type: one of the :data:`COMPUTE_TYPES`
+        """
+        packed = self._packed
+        if packed is None or compute_type not in packed[1] or not packed[0].same():
             with self._lock:
-                if self._snapshot is snapshot:
-                    self._pack()
-        return self._native
+                packed = self._packed
+                if packed is None or not packed[0].same():
+                    packed = Snapshot(self._model), {}
+                if compute_type not in packed[1]:
+                    packed[1][compute_type] = self._pack(compute_type)
+                self._packed = packed
+        return packed[1][compute_type]
 
-    def _pack(self) -> None:
-        snapshot, reason = Snapshot(self._model), None
+    def _pack(self, compute_type: str) -> Any:
+        native, reason = None, None
         try:
             if not loaded:
                 raise Unknown("the compiled operators are missing")
             weights, settings = read(self._model)
-            self._native = torch.classes.fairseq_lrn.Translator(weights, *settings.values())
+            native = torch.classes.fairseq_lrn.Translator(weights, *settings.values(), compute_type)
         except (Unknown, ValueError) as error:
-            self._native, reason = None, str(error)
+            reason = str(error)
         if reason is not None and reason != self.reason:
             logger.info("the model translates with PyTorch's modules: %s", reason)
-        self.reason, self._snapshot = reason, snapshot
+        self.reason = reason
+        if compute_type == "float32":
+            self._native = native
+        return native
 
     def search(self, native: Any, src_tokens: Tensor, *arguments: Any) -> Tuple[Tensor, ...]:
         """Translate a batch with what :meth:`native` returned.
@@ -90,17 +114,18 @@ class Translator:
             pass
         return search.hypotheses()
 
-    def encode(self, src_tokens: Tensor) -> Dict[str, List[Tensor]]:
+    def encode(self, native: Any, src_tokens: Tensor) -> Dict[str, List[Tensor]]:
         """As :meth:`~fairseq_lrn.models.lrn_encoder.LRNEncoder.forward`; at padding the output is zeros."""
         padding_mask = find_padding(src_tokens, self._model.encoder.padding_idx)
         return {
-            "encoder_out": [self._native.encode(src_tokens)],
+            "encoder_out": [native.encode(src_tokens)],
             "encoder_padding_mask": [] if padding_mask is None else [padding_mask],
             "encoder_states": [],
         }
 
     def extract_features(
         self,
+        native: Any,
         prev_output_tokens: Tensor,
         encoder_out: Dict[str, List[Tensor]],
         incremental_state: Dict[str, Dict[str, Optional[Tensor]]],
@@ -108,7 +133,7 @@ class Translator:
         alignment_heads: Optional[int],
     ) -> Tuple[Tensor, Dict[str, List[Optional[Tensor]]]]:
         """As :meth:`~fairseq_lrn.models.lrn_decoder.LRNDecoder.extract_features`, word by word."""
-        decoder, native = self._model.decoder, self._native
+        decoder = self._model.decoder
         encoder_x = encoder_out["encoder_out"][0]
         padding_mask = next(iter(encoder_out["encoder_padding_mask"]), None)
         saved = decoder.get_incremental_state(incremental_state, "states")

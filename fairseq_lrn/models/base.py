@@ -123,22 +123,27 @@ def refuse_full_context(full_context_alignment: bool) -> None:
         raise ValueError("full_context_alignment must be False: a recurrent decoder reads no later words")
 
 
-def prepared(translator: Any) -> Any:
-    """Return ``translator`` where it stands in for ``forward``: it was made, and there are no gradients."""
+def prepared(part: Any) -> Any:
+    """Return what is native of an encoder's or decoder's ``translator`` where it stands in for ``forward``.
+
+    It was made for a model that still has this part, and there are no gradients. Otherwise return None.
+    """
+    translator = part.translator
     if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if torch._C._is_any_autocast_enabled() or translator.native() is None:
+    if torch._C._is_any_autocast_enabled() or not translator.translates(part):
         return None
-    return translator
+    return translator.native()
 
 
-def find_padding(tokens: Tensor, padding_idx: int) -> Optional[Tensor]:
+def find_padding(tokens: Tensor, padding_idx: int, compiled: bool = False) -> Optional[Tensor]:
     """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
 
-    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask.
+    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask,
+    and also for layers that are ``compiled``.
     """
     mask = tokens.eq(padding_idx)
-    if torch.compiler.is_compiling() or bool(mask.any()):
+    if compiled or torch.compiler.is_compiling() or bool(mask.any()):
         return mask
     return None
 

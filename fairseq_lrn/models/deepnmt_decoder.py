@@ -93,18 +93,19 @@ class DeepNMTDecoder(Decoder):
             weights.append(weight)
         y, context = torch.stack(outputs), torch.stack(contexts)
         new_states = [state[None]]
-        x = self.layer_norms[0](x + self.dropout_module(self.projections[0](y)))
+        x = self.layer_norms[0](x + self.dropout_module(project(self.projections[0], y)))
         inner_states.append(x)
         for i, rnn in enumerate(self.rnns, 1):
             y, state = rnn(torch.cat([x, context], 2), states[i : i + 1].contiguous(), padding_mask)
-            x = self.layer_norms[i](x + self.dropout_module(self.projections[i](y)))
+            x = self.layer_norms[i](x + self.dropout_module(project(self.projections[i], y)))
             inner_states.append(x)
             new_states.append(state)
         if incremental_state is not None:
             saved = {"states": torch.cat(new_states), "keys": keys}
             self.set_incremental_state(incremental_state, "saved", saved)
 
-        x = self.dropout_module(torch.tanh(self.feature(torch.cat([x, context], 2)))).transpose(0, 1)
+        x = torch.tanh(project(self.feature, torch.cat([x, context], 2)))
+        x = self.dropout_module(x).transpose(0, 1)
         heads = self.alignment_heads if alignment_heads is None else alignment_heads
         attn = torch.stack(weights, 1)[:, :, :heads].mean(2)
         return x, {"attn": [attn], "inner_states": inner_states if return_all_hiddens else []}

@@ -9,6 +9,7 @@ from fairseq.models.transformer import Linear
 from torch import Tensor
 
 from ..modules import build_cell, build_recurrent
+from ..modules.linear import project
 from .base import Dropout, find_padding, reorder_sentences
 
 
@@ -106,7 +107,7 @@ class DeepNMTEncoder(FairseqEncoder):
         state, states = x[:1], [x]
         for rnn, projection, layer_norm in zip(self.rnns, self.projections, self.layer_norms):
             y, state = rnn(x, None, padding_mask)
-            x = layer_norm(x + self.dropout_module(projection(y)))
+            x = layer_norm(x + self.dropout_module(project(projection, y)))
             states.append(x)
         return {
             "encoder_out": [x],

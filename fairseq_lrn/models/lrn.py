@@ -1,12 +1,13 @@
 """The LRN encoder-decoder: fairseq model ``lrn`` and its architectures."""
 
 from dataclasses import dataclass, field
-from typing import Optional
+from typing import Any, Optional
 
 from fairseq import utils
 from fairseq.dataclass import ChoiceEnum
 from fairseq.models import register_model
 from fairseq.models.transformer import DEFAULT_MIN_PARAMS_TO_WRAP
+from omegaconf import DictConfig, OmegaConf
 
 from .base import AdaptiveSoftmaxConfig, architecture
 from .encoder_decoder import EncoderDecoderConfig, EncoderDecoderModel
@@ -60,6 +61,10 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
             "help": "checkpoint activations and keep them in CPU memory (sets --checkpoint-activations)"
         },
     )
+    compile: bool = field(
+        default=False,
+        metadata={"help": "train with torch.compile's form of each layer; checkpoints do not tell"},
+    )
     min_params_to_wrap: int = field(
         default=DEFAULT_MIN_PARAMS_TO_WRAP,
         metadata={
@@ -74,6 +79,15 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     quant_noise_pq_block_size: int = field(
         default=8, metadata={"help": "block size of quantization noise at training time"}
     )
+
+    @classmethod
+    def from_namespace(cls, args: Any) -> "LRNConfig":
+        """As :meth:`CellConfig.from_namespace`; ``args``, which fairseq saves, no longer says ``compile``."""
+        config = super().from_namespace(args)
+        if config is not args and config.compile:
+            whole = OmegaConf.select(args._get_root(), "model") if isinstance(args, DictConfig) else None
+            (args if whole is None else whole).compile = False
+        return config
 
 
 @register_model("lrn", dataclass=LRNConfig)
@@ -119,6 +133,10 @@ class LRNModel(EncoderDecoderModel):
                 setattr(cfg, f"{side}_layers", len(kept.split(",")))
         if cfg.offload_activations:
             cfg.checkpoint_activations = True
+        if cfg.compile and cfg.checkpoint_activations:
+            raise ValueError("--compile is given, but must not be with --checkpoint-activations")
+        if cfg.compile and cfg.cell not in ("lrn", "olrn"):
+            raise ValueError(f"--compile is for lrn and olrn, but --cell is {cfg.cell}")
 
     def __prepare_scriptable__(self) -> "LRNModel":
         """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""

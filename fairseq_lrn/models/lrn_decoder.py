@@ -47,6 +47,7 @@ class LRNDecoder(Decoder):
         self.alignment_layer = self.num_layers - 1 if cfg.alignment_layer is None else cfg.alignment_layer
         self.alignment_heads = cfg.alignment_heads or cfg.decoder_attention_heads
         self.learns_alignments = False  # whether training needs attention
+        self.compiled = bool(cfg.compile)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.translator = None
 
@@ -74,10 +75,15 @@ class LRNDecoder(Decoder):
         refuse_full_context(full_context_alignment)
         if not torch.jit.is_scripting():
             stepwise = incremental_state is not None and not return_all_hiddens
-            translator = prepared(self.translator) if stepwise else None
-            if translator is not None:
-                return translator.extract_features(
-                    prev_output_tokens, encoder_out, incremental_state, alignment_layer, alignment_heads
+            native = prepared(self) if stepwise else None
+            if native is not None:
+                return self.translator.extract_features(
+                    native,
+                    prev_output_tokens,
+                    encoder_out,
+                    incremental_state,
+                    alignment_layer,
+                    alignment_heads,
                 )
         encoder_x = encoder_out["encoder_out"][0]
         encoder_padding_mask: Optional[Tensor] = None
@@ -98,7 +104,7 @@ class LRNDecoder(Decoder):
             if saved is not None:
                 states, keys_values = saved["states"], saved["keys_values"]
         else:
-            padding_mask = find_padding(prev_output_tokens, self.padding_idx)
+            padding_mask = find_padding(prev_output_tokens, self.padding_idx, self.compiled)
 
         x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
 

@@ -33,6 +33,7 @@ class LRNEncoder(FairseqEncoder):
         self.max_source_positions = cfg.max_source_positions
         self.dropout_module = build_embedding_dropout(cfg, self.__class__.__name__)
         self.layers = build_layers(LRNEncoderLayer, cfg, cfg.encoder_layers, cfg.encoder_layerdrop)
+        self.compiled = bool(cfg.compile)
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
         self.translator = None
 
@@ -57,10 +58,10 @@ class LRNEncoder(FairseqEncoder):
         """
         if not torch.jit.is_scripting():
             other = return_all_hiddens or token_embeddings is not None
-            translator = None if other else prepared(self.translator)
-            if translator is not None:
-                return translator.encode(src_tokens)
-        padding_mask = find_padding(src_tokens, self.padding_idx)
+            native = None if other else prepared(self)
+            if native is not None:
+                return self.translator.encode(native, src_tokens)
+        padding_mask = find_padding(src_tokens, self.padding_idx, self.compiled)
         if token_embeddings is None:
             x = self.embed_tokens(src_tokens.t())
         else:

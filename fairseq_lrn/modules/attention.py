@@ -7,6 +7,7 @@ import torch.nn as nn
 from torch import Tensor
 
 from .inputs import check_sequences, zero_padding
+from .linear import project
 
 
 class StepAttention(nn.Module):
@@ -50,11 +51,11 @@ class StepAttention(nn.Module):
         check_sequences("memory", memory, self.key.in_features, self.key.weight)
         if padding_mask is not None:
             memory = zero_padding(memory, padding_mask)
-        return self.key(memory), memory
+        return project(self.key, memory), memory
 
     def scores(self, query: Tensor, keys: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
         """Return each query's score of each key, (N, num_heads, S), of the arguments of :meth:`forward`."""
-        query = self.query(query).unflatten(0, (keys.size(1), -1))  # (B, N / B, C)
+        query = project(self.query, query).unflatten(0, (keys.size(1), -1))  # (B, N / B, C)
         if self.score is not None:
             # one matrix product, each head's weights beside zeros, is faster than products and sums
             weight = torch.block_diag(*self.score[:, None])

@@ -1,12 +1,14 @@
-"""Linear layers by the faster of two libraries, where nothing else was made of them."""
+"""The place where this package's modules and models choose how a linear layer is computed."""
 
 from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules.module import _global_forward_hooks, _global_forward_pre_hooks
+from torch.nn.modules import module as modules
 
 from ..ops import linear
+
+_FORWARD = nn.Linear.forward
 
 
 def is_plain(module: nn.Module, kind: Any) -> bool:
@@ -14,12 +16,18 @@ def is_plain(module: nn.Module, kind: Any) -> bool:
     return (
         type(module) is kind
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
-        and not (_global_forward_hooks or _global_forward_pre_hooks)
+        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (modules._global_forward_hooks or modules._global_forward_pre_hooks)
+        and not (modules._global_backward_hooks or modules._global_backward_pre_hooks)
     )
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; by the faster :func:`~fairseq_lrn.ops.linear` where it is a plain ``nn.Linear``."""
-    if is_plain(layer, nn.Linear) and type(layer.weight) in (nn.Parameter, Tensor):
-        return linear(x, layer.weight, layer.bias)
-    return layer(x)
+    """``layer(x)``; by the faster :func:`~fairseq_lrn.ops.linear` where it is a plain ``nn.Linear``.
+
+    Whatever else stands in the layer's place is called: adapters, quantized layers, layers with hooks or
+    parametrizations. TorchScript takes no module as an argument, so there a caller calls the layer itself.
+    """
+    plain = is_plain(layer, nn.Linear) and type(layer.weight) in (nn.Parameter, Tensor)
+    plain = plain and nn.Linear.forward is _FORWARD
+    return linear(x, layer.weight, layer.bias) if plain and isinstance(x, Tensor) else layer(x)

@@ -45,6 +45,37 @@ def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tup
         return torch.ops.fairseq_lrn.log_softmax_topk(scores, k, exclude)
     # the greatest scores, and not the greatest of probabilities that rounding may have made equal
     columns = torch.tensor(exclude, dtype=torch.int64, device=scores.device)
-    best, indices = scores.index_fill(1, columns, -torch.inf).topk(k)
+    best, indices = topk(scores.index_fill(1, columns, -torch.inf), k)
     log_probs = best - scores.logsumexp(1, keepdim=True)
     return log_probs.masked_fill(log_probs.isnan(), -torch.inf), indices
+
+
+def topk(scores: Tensor, k: int, block: int = 128) -> Tuple[Tensor, Tensor]:
+    """``scores.topk(k)``, in descending order, for rows that are much longer than ``k``.
+
+    PyTorch's own reads a row many times on a GPU. Here the maxima of blocks tell which blocks have the best.
+
+    Args:
+        scores: (N, V)
+        k: at most V
+        block: columns of a block
+
+    Returns:
+        the best scores (N, k) and their columns (N, k), int64
+    """
+    if k == 1:
+        best, columns = scores.max(1, keepdim=True)
+        return best, columns
+    blocks, rest = scores.size(1) // block, scores.size(1) % block
+    if blocks < 4 * k:
+        return scores.topk(k)
+    whole = scores[:, : blocks * block].unflatten(1, (blocks, block))
+    places = whole.amax(2).topk(k)[1].unsqueeze(2)
+    best = whole.gather(1, places.expand(-1, -1, block)).flatten(1)
+    columns = (places * block + torch.arange(block, device=scores.device)).flatten(1)
+    if rest > 0:
+        last = torch.arange(blocks * block, scores.size(1), device=scores.device)
+        best = torch.cat([best, scores[:, blocks * block :]], 1)
+        columns = torch.cat([columns, last.expand(len(scores), -1)], 1)
+    best, chosen = best.topk(k)
+    return best, columns.gather(1, chosen)

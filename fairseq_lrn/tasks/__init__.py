@@ -1,6 +1,6 @@
-"""fairseq tasks, where fairseq has none that fits; importing this package registers them."""
+"""fairseq tasks, where fairseq has none that fits; importing this package registers them, and criteria."""
 
-from .. import fairseq_patches
+from .. import criterions, fairseq_patches  # noqa: F401
 from .reading_comprehension import ReadingComprehensionTask
 from .tagging import TaggingTask
 from .translation import LRNTranslationTask

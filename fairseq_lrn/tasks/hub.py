@@ -1,7 +1,7 @@
 """Translating from Python: fairseq's hub interface with the task ``lrn_translation``."""
 
 import copy
-from typing import Any, Dict, Iterator, List
+from typing import Any, Dict, Iterator, List, Optional
 
 import torch
 from fairseq import hub_utils, utils
@@ -9,6 +9,7 @@ from fairseq.tasks.translation import TranslationTask
 from omegaconf import open_dict
 from torch import Tensor
 
+from ..inference import COMPUTE_TYPES
 from .translation import LRNTranslationTask
 
 
@@ -23,25 +24,32 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
         super().__init__(cfg, task, models)
         self._kept: Any = None  # what the generator was made for, and the generator
 
-    def generate(self, tokenized_sentences, beam: int = 5, verbose: bool = False, **kwargs):
+    def generate(
+        self,
+        tokenized_sentences,
+        beam: int = 5,
+        verbose: bool = False,
+        skip_invalid_size_inputs: bool = False,
+        inference_step_args: Optional[Dict[str, Any]] = None,
+        prefix_allowed_tokens_fn: Any = None,
+        **kwargs,
+    ):
         """As fairseq's: the hypotheses of each sentence, in order; batches are formed by length."""
         one = torch.is_tensor(tokenized_sentences) and tokenized_sentences.dim() == 1
-        if one or verbose or kwargs.get("prefix_allowed_tokens_fn") is not None:
-            return super().generate(tokenized_sentences, beam, verbose, **kwargs)
-        skip = kwargs.pop("skip_invalid_size_inputs", False)
-        step_args = kwargs.pop("inference_step_args", None) or {}
-        kwargs.pop("prefix_allowed_tokens_fn", None)
+        if one or verbose or prefix_allowed_tokens_fn is not None:
+            rest = (skip_invalid_size_inputs, inference_step_args, prefix_allowed_tokens_fn)
+            return super().generate(tokenized_sentences, beam, verbose, *rest, **kwargs)
         generator = self._generator(beam, kwargs)
         found: Dict[int, List[Dict[str, Tensor]]] = {}
-        for batch in self._build_batches(tokenized_sentences, skip):
+        for batch in self._build_batches(tokenized_sentences, skip_invalid_size_inputs):
             batch = utils.apply_to_sample(lambda x: x.to(self.device), batch)
-            hypotheses = self.task.inference_step(generator, self.models, batch, **step_args)
+            hypotheses = self.task.inference_step(generator, self.models, batch, **inference_step_args or {})
             found.update(zip(batch["id"].tolist(), hypotheses))
         return [found[i] for i in sorted(found)]
 
     def _generator(self, beam: int, options: Dict[str, Any]) -> Any:
         """Return the generator of the last call if it had the same options, or else a new one."""
-        wanted = (beam, options, self.cfg.generation)
+        wanted = (beam, options, self.cfg.generation, list(map(id, self.models)))
         if self._kept is None or self._kept[0] != wanted:
             arguments = copy.deepcopy(self.cfg.generation)
             with open_dict(arguments):
@@ -72,17 +80,33 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
             yield dataset.collater([dataset[j] for j in batch])
 
 
-def from_pretrained(model_class: Any, path, checkpoint_file, data, **kwargs: Any) -> TranslationHub:
+def from_pretrained(
+    model_class: Any, path, checkpoint_file, data, compute_type: Optional[str] = None, **kwargs: Any
+) -> TranslationHub:
     """Load as fairseq's ``from_pretrained`` does; a model of task ``translation`` gets ``lrn_translation``.
 
     Args:
         model_class: whose ``hub_models()`` may name the path
         path, checkpoint_file, data, kwargs: as fairseq has them; with ``task`` the task is left as it is
+        compute_type: ``float32``, ``bfloat16`` or ``int8``, see :class:`~fairseq_lrn.inference.Translator`;
+            None for the checkpoint's, which is ``float32`` unless it was trained with another
+
+    Raises:
+        ValueError: compute_type is none of these, or the task is another than ``lrn_translation``
     """
+    if compute_type not in (None, *COMPUTE_TYPES):
+        raise ValueError(f"compute_type is {compute_type!r}, but must be one of {', '.join(COMPUTE_TYPES)}")
     found = hub_utils.from_pretrained(
         path, checkpoint_file, data, archive_map=model_class.hub_models(), **kwargs
     )
     task = found["task"]
     if type(task) is TranslationTask and "task" not in kwargs:
+        with open_dict(task.cfg):
+            task.cfg.compute_type = "float32"
         task = LRNTranslationTask(task.cfg, task.src_dict, task.tgt_dict)
+    if compute_type is not None:
+        if not isinstance(task, LRNTranslationTask):
+            kind = type(task).__name__
+            raise ValueError(f"compute_type needs the task lrn_translation, but the task is a {kind}")
+        task.cfg.compute_type = compute_type
     return TranslationHub(found["args"], task, found["models"])

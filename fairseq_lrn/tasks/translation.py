@@ -1,17 +1,37 @@
 """Translation with a native beam search: task ``lrn_translation``."""
 
+from dataclasses import dataclass, field
+
+from fairseq.dataclass import ChoiceEnum
 from fairseq.tasks import register_task
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
-from ..inference import BeamSearchGenerator, BeamSearchGeneratorWithAlignment
+from ..inference import COMPUTE_TYPES, BeamSearchGenerator, BeamSearchGeneratorWithAlignment
 
 
-@register_task("lrn_translation", dataclass=TranslationConfig)
+@dataclass
+class LRNTranslationConfig(TranslationConfig):
+    """Options of the task ``lrn_translation``."""
+
+    compute_type: ChoiceEnum(COMPUTE_TYPES) = field(  # type: ignore[valid-type]
+        default="float32",
+        metadata={
+            "help": "type of the products with weights when a model lrn translates on the CPU; bfloat16 and "
+            "int8 are faster and change some translations; models are trained and kept in their own type"
+        },
+    )
+
+
+@register_task("lrn_translation", dataclass=LRNTranslationConfig)
 class LRNTranslationTask(TranslationTask):
     """fairseq's ``translation``, with this package's generators: sooner; in float32 the same results."""
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
-        """As fairseq's task does, with the generators of this package in place of fairseq's two."""
+        """As fairseq's task does, with the generators of this package in place of fairseq's two.
+
+        Raises:
+            ValueError: compute_type is not float32, but another generator is asked for
+        """
         if seq_gen_cls is None:
             seq_gen_cls = BeamSearchGenerator
             if getattr(args, "print_alignment", False):
@@ -20,4 +40,11 @@ class LRNTranslationTask(TranslationTask):
                     **(extra_gen_cls_kwargs or {}),
                     "print_alignment": args.print_alignment,
                 }
-        return super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
+        generator = super().build_generator(models, args, seq_gen_cls, extra_gen_cls_kwargs, **kwargs)
+        compute_type = getattr(self.cfg, "compute_type", "float32")  # the options may be fairseq's
+        if isinstance(generator, BeamSearchGenerator):
+            generator.compute_type = compute_type
+        elif compute_type != "float32":
+            kind = type(generator).__name__
+            raise ValueError(f"--compute-type is {compute_type}, but must be float32 for a {kind}")
+        return generator

@@ -44,6 +44,15 @@ def rows(output):
     return [line.strip("| ").split(" | ") for line in output.splitlines() if line.startswith("| ")]
 
 
+def test_products_prints_every_contender(benchmark):
+    status, output = benchmark("products.py", "--shapes", "3,8,20", "1,40,7", "--repetitions", "1")
+    assert status == 0, output
+    header, *table = rows(output)
+    assert header[1:4] == ["float32", "bfloat16", "int8"] and len(header) == 7
+    assert [row[0] for row in table] == ["3, 8, 20", "1, 40, 7"]
+    assert all(len(row) == 7 for row in table)
+
+
 def test_benchmark_prints_every_contender_and_writes_json(benchmark, tmp_path):
     options = "--shapes 3,2,8 4,1,4 --threads 1 2 --repetitions 1 --json out.json".split()
     status, output = benchmark("benchmark.py", *options)
@@ -221,3 +230,21 @@ def test_decoding_names_the_run_that_fails(benchmark, translated):
     assert "late:unheard_of: fairseq-generate failed:" in output
     assert "invalid choice: 'unheard_of'" in output
     assert "Traceback" not in output
+
+
+def test_growth_measures_each_model_at_each_size(benchmark, tmp_path):
+    words = "--lengths 3 5 --widths 8 --length 4 --width 16 --tokens 8 --words 20 --seconds 0".split()
+    status, output = benchmark("growth.py", *words, "--json", "out.json", "--plot", "out.png")
+    assert status == 0, output
+    report = json.loads((tmp_path / "out.json").read_text())
+    names = ["LRN", "Transformer", "LSTM"]
+    found = {
+        axis: [(x["model"], x["length"], x["width"]) for x in report[axis]] for axis in ("length", "width")
+    }
+    assert found == {
+        "length": [(name, length, 16) for length in (3, 5) for name in names],
+        "width": [(name, 4, 8) for name in names],
+    }
+    assert all(x["words_per_second"] > 0 for axis in found for x in report[axis])
+    assert len(rows(output)) == 1 + 9
+    assert (tmp_path / "out.png").stat().st_size > 0

@@ -34,8 +34,10 @@ from translations import (
 )
 
 from fairseq_lrn.models import DeepNMTModel, LRNLanguageModel, LRNModel
+from fairseq_lrn.models.lrn_decoder import LRNDecoder
+from fairseq_lrn.models.lrn_layers import FeedForward
 from fairseq_lrn.models.lrn_lm import LRNLanguageModelConfig
-from fairseq_lrn.modules import CELLS
+from fairseq_lrn.modules import CELLS, LRN
 from fairseq_lrn.tasks.translation import LRNTranslationTask
 
 A, B = 4, 5  # words
@@ -639,6 +641,17 @@ def write(model):
         parameter.data.mul_(1.1)
 
 
+def write_in_place(model):
+    with torch.no_grad():
+        for parameter in model.decoder.parameters():
+            parameter.mul_(1.1)
+
+
+def transpose(model):
+    for layer in model.decoder.layers:
+        layer.encoder_attn.q_proj.weight.data = layer.encoder_attn.q_proj.weight.data.t()
+
+
 @pytest.mark.parametrize("task_class", TASKS)
 @pytest.mark.parametrize(
     "change, prepared",
@@ -650,6 +663,9 @@ def write(model):
         (load, True),
         (assign, True),
         (write, True),
+        (write_in_place, False),
+        (write_in_place, True),
+        (transpose, True),
     ],
 )
 def test_changed_weights_count(change, prepared, task_class):
@@ -660,7 +676,7 @@ def test_changed_weights_count(change, prepared, task_class):
     change(model)
     expected = translations(unprepared(model), batch(), TranslationTask, prepared=False)
     assert words_of(expected) != words_of(before)
-    if change in (learn, load):
+    if change is not write and (prepared or change is not assign):
         assert_same_hypotheses(translate(generator, batch()), expected)
     assert_same_hypotheses(translations(model, batch(), task_class, prepared=prepared), expected)
 
@@ -704,7 +720,30 @@ def score_twice(model):
     model.decoder.output_projection.register_forward_hook(lambda module, inputs, output: 2 * output)
 
 
-@pytest.mark.parametrize("change", [add_hook, change_eps, adapt, widen, score_twice])
+def keep_bias_in_a_buffer(model):
+    layer = model.decoder.layers[0].out_proj
+    bias = layer.bias.data
+    del layer.bias
+    layer.register_buffer("bias", 50 * bias)
+
+
+def set_bias(model):
+    layer = model.encoder.layers[0].ffn.fc2
+    bias = layer.bias.data
+    del layer.bias
+    layer.bias = 50 * bias
+
+
+def leave_out_biases(model):
+    model.decoder.layers[0].rnn.bias = False
+    with torch.no_grad():
+        model.decoder.layers[0].rnn.bias_ih_l0.add_(1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [add_hook, change_eps, adapt, widen, score_twice, keep_bias_in_a_buffer, set_bias, leave_out_biases],
+)
 def test_changed_modules_count(change):
     model = build()
     change(model)
@@ -712,6 +751,94 @@ def test_changed_modules_count(change):
         source = batch()["net_input"]["src_tokens"]
         assert (model(source, None, source)[0] - build()(source, None, source)[0]).abs().max() > 0.01
     assert_same(model, batch(), beam=3)
+
+
+@pytest.mark.parametrize(
+    "kind, name",
+    [
+        (FeedForward, "forward"),
+        (nn.Linear, "forward"),
+        (nn.LayerNorm, "forward"),
+        (LRN, "forward"),
+        (LRNDecoder, "output_layer"),
+        (LRNModel, "get_normalized_probs"),
+    ],
+    ids=lambda value: getattr(value, "__name__", value),
+)
+@pytest.mark.parametrize("prepared", [False, True])
+def test_changed_classes_count(monkeypatch, kind, name, prepared):
+    """With a new generator, and where ``forward`` changed with the same one too."""
+    old, model = getattr(kind, name), build()
+    generator = build_generator([model], prepared=prepared, beam=3, max_len_b=12)
+    before = translate(generator, batch())
+
+    def twice(self, *args, **kwargs):
+        found = old(self, *args, **kwargs)
+        return (2 * found[0], *found[1:]) if isinstance(found, tuple) else 2 * found
+
+    monkeypatch.setattr(kind, name, twice)
+    expected = translations(unprepared(model), batch(), TranslationTask, prepared=False)
+    assert not torch.equal(before[0][0]["positional_scores"], expected[0][0]["positional_scores"])
+    if name == "forward":
+        assert_same_hypotheses(translate(generator, batch()), expected)
+    assert_same_hypotheses(translations(model, batch(), prepared=prepared), expected)
+
+
+def test_a_generator_whose_steps_were_replaced():
+    generators = [build_generator([build()], task, beam=3, max_len_b=12) for task in TASKS]
+    for generator in generators:
+        forward = generator.model.forward_decoder
+        generator.model.forward_decoder = lambda *args, forward=forward: (-forward(*args)[0], None)
+    ours, theirs = (translate(generator, batch()) for generator in generators)
+    assert_same_hypotheses(ours, theirs)
+
+
+def test_embeddings_in_place_of_words():
+    sample = batch()
+    torch.manual_seed(0)
+    sample["net_input"]["token_embeddings"] = torch.randn(5, 11, 16)
+    expected = translations(build(), sample, TranslationTask, prepared=False)
+    assert words_of(expected) != words_of(translations(build(), batch()))
+    assert_same_hypotheses(translations(build(), sample), expected)
+
+
+def test_a_copied_generator():
+    generator = build_generator([build()], prepared=False, beam=3, max_len_b=12)
+    expected = translate(generator, batch())
+    del generator.task, generator.translated_by
+    copied = copy.deepcopy(generator)
+    with torch.no_grad():
+        generator.model.single_model.decoder.output_projection.weight.neg_()
+    assert_same_hypotheses(copied.generate([], batch()), expected)
+
+
+def test_dropout_that_begins_later():
+    model = build()
+    dropout = model.decoder.layers[0].dropout_module
+    dropout.p, dropout.apply_during_inference = 0.0, True
+    generator = build_generator([model], beam=3, max_len_b=12)
+    before = words_of(translate(generator, batch()))
+    assert before == words_of(translate(generator, batch()))
+    dropout.p = 0.9
+    assert before != words_of(translate(generator, batch()))
+
+
+@torch.no_grad()
+def test_a_part_that_was_replaced_is_the_old_one():
+    model, other = build(seed=1), build(seed=2)
+    translations(model, batch())
+    encoder, tokens = model.encoder, batch()["net_input"]["src_tokens"]
+    model.encoder = other.encoder
+    expected = build(seed=1).encoder(tokens)["encoder_out"][0]
+    torch.testing.assert_close(encoder(tokens)["encoder_out"][0], expected)
+
+
+def test_enormous_scores():
+    """A log-probability is a small difference of them."""
+    model = build()
+    with torch.no_grad():
+        model.decoder.output_projection.weight.mul_(1e12)
+    assert_same(model, batch(), beam=3, tolerance={"rtol": 1e-5, "atol": 0}, forced=False)
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.ao.quantization is deprecated", "ignore:.*TypedStorage")

@@ -32,7 +32,7 @@ from translations import (
     words_of,
 )
 
-from fairseq_lrn.inference import Translator
+from fairseq_lrn.inference import COMPUTE_TYPES, Translator
 from fairseq_lrn.inference.reading import read
 from fairseq_lrn.models import DeepNMTModel, LRNModel
 from fairseq_lrn.models.lrn import LRNConfig
@@ -43,11 +43,11 @@ pytestmark = pytest.mark.skipif(
 CLASSES = torch.classes.fairseq_lrn
 
 
-def make(model):
+def make(model, compute_type="float32"):
     """The native translator of ``model``, which it takes."""
     translator = Translator(model)
-    assert translator.native() is not None, translator.reason
-    return translator.native()
+    assert translator.native(compute_type) is not None, translator.reason
+    return translator.native(compute_type)
 
 
 def search(native, source, beam=3, min_len=1, max_len=12, words=(EOS, PAD, EOS, UNK), prefix=None):
@@ -103,10 +103,20 @@ def test_scores_of_any_size(instruction_set, size):
     assert_same(model, batch(words=300), beam=4, tolerance={"rtol": 1e-4, "atol": 1e-4 * max(1, size)})
 
 
+@pytest.mark.parametrize(
+    "instruction_set, compute_type",
+    [
+        *itertools.product(["default", "avx2", "avx512"], COMPUTE_TYPES),
+        ("avx2_vnni", "int8"),
+        ("avx512_vnni", "int8"),
+        ("avx512_bf16", "bfloat16"),
+    ],
+    indirect=["instruction_set"],
+)
 @pytest.mark.parametrize("threads", [1, 2])
-def test_exact_whatever_the_batch(instruction_set, threads):
+def test_exact_whatever_the_batch(instruction_set, compute_type, threads):
     """Neither other sentences, nor their order, padding, beams or threads change a bit."""
-    native = make(build(words=700, encoder_embed_dim=48, decoder_embed_dim=40, seed=2))
+    native = make(build(words=700, encoder_embed_dim=48, decoder_embed_dim=40, seed=2), compute_type)
     lengths = [1 + i * 7 % 40 for i in range(23)]
     source = source_of(lengths, 700)
     before = torch.get_num_threads()
@@ -381,6 +391,7 @@ def test_copies_have_no_translator():
 
 def test_wrong_weights():
     weights, settings_ = read(build())
+    settings_["compute_type"] = "float32"
 
     def refuse(message, change=None, kind=ValueError, **others):
         with pytest.raises(kind, match=message):
@@ -393,6 +404,7 @@ def test_wrong_weights():
     refuse("weights must not have encoder.other", {"encoder.other": torch.zeros(3)})
     refuse("activation_fn must be linear, relu", activation_fn="sin")
     refuse("activation must be tanh or identity", activation="relu")
+    refuse("compute_type must be float32, bfloat16 or int8, got float16", compute_type="float16")
     refuse("heads must divide the width, 16, got 3", heads=3)
     refuse("heads must divide the width, 16, got 0", heads=0)
     refuse("attention_layer must be from 0 to 1", attention_layer=2)
@@ -416,7 +428,7 @@ def test_wrong_batches():
         ({"words": (-1, PAD, EOS, UNK)}, "words must be from 0 to 53, got -1"),
         ({"prefix": torch.full((5, 2), 54)}, "prefix_tokens must be from 0 to 53, got 54"),
         ({"prefix": torch.full((4, 2), 5)}, "prefix_tokens must be \\(5, length\\)"),
-        ({"beam": 0}, "beam_size and temperature must be positive"),
+        ({"beam": 0}, "beam_size must be from 1 to the number of words, temperature positive"),
         ({"min_len": 13}, "min_length from 0 to max_length"),
     ):
         with pytest.raises((ValueError, IndexError, TypeError), match=message):
@@ -438,6 +450,7 @@ def test_wrong_steps():
     for arguments, message in (
         ({"words": words + 50}, "words must be from 0 to 53"),
         ({"words": words[:3]}, "there must be as many words for each of the 2 sentences, got 3"),
+        ({"words": words[:0]}, "there must be as many words for each of the 2 sentences, got 0"),
         ({"length": 5}, "keys_values must have shape"),
         ({"memory": memory.double()}, "keys_values must be float32 on the CPU"),
         ({"states": states[:1]}, "states must have shape"),
@@ -458,11 +471,16 @@ def test_wrong_candidates():
         beam_search.advance(torch.zeros(2, 5), torch.zeros(2, 5, dtype=torch.long))
     with pytest.raises(RuntimeError, match="min_length must not be above max_length"):
         CLASSES.BeamSearch(2, 3, 10, 9, EOS, PAD, EOS, UNK, 0.0, 1.0, True, None)
+    for sentences, beam in ((2, 2**62), (2**60, 1)):
+        with pytest.raises(RuntimeError, match="sentences times beam_size must be less than"):
+            CLASSES.BeamSearch(sentences, beam, 1, 9, EOS, PAD, EOS, UNK, 0.0, 1.0, True, None)
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.nan, torch.inf])
-@pytest.mark.parametrize("cell", ["lrn", "gru"])
-def test_a_sentence_without_a_translation_is_named(cell, value):
+@pytest.mark.parametrize(
+    "cell, compute_type", [("lrn", "float32"), ("lrn", "bfloat16"), ("lrn", "int8"), ("gru", "float32")]
+)
+def test_a_sentence_without_a_translation_is_named(cell, compute_type, value):
     """Its embedding is not finite; those of the others are."""
     model, sample = build(cell=cell), batch([5, 4, 6])
     with torch.no_grad():
@@ -470,7 +488,7 @@ def test_a_sentence_without_a_translation_is_named(cell, value):
     sample["net_input"]["src_tokens"][1, -2] = 0
     sample["id"] = torch.tensor([30, 17, 5])
     with pytest.raises(FloatingPointError, match="no translation of sentence 17 has a finite score"):
-        translate(build_generator([model], beam=2), sample)
+        translate(build_generator([model], beam=2, compute_type=compute_type), sample)
 
 
 def test_words_are_read_from_views():

@@ -270,3 +270,61 @@ def test_what_cannot_be_built_is_said(options, words):
 def test_embeddings_of_different_dictionaries_cannot_be_shared():
     with pytest.raises(ValueError, match="requires a joined dictionary"):
         build(task(dictionary(), dictionary(first="v")), share_all_embeddings=True)
+
+
+def test_attention_in_bfloat16():
+    """On the CPU by PyTorch's products: as float32's, forward and backward."""
+    attention = build().decoder.layers[0].encoder_attn
+    torch.manual_seed(0)
+    x, memory = torch.randn(5, 6, 16), torch.randn(7, 3, 16)
+    padding_mask = torch.arange(7) >= torch.tensor([[7], [4], [2]])
+    results = []
+    for dtype in (torch.float32, torch.bfloat16):
+        attention.to(dtype)
+        inputs = [tensor.detach().to(dtype).requires_grad_() for tensor in (x, memory)]
+        y, weights = attention(inputs[0], attention.project(inputs[1]), padding_mask, False)
+        assert weights is None and y.dtype == dtype
+        y.float().square().sum().backward()
+        results.append([y.float(), *(tensor.grad.float() for tensor in inputs)])
+    for wide, narrow in zip(*results):
+        torch.testing.assert_close(narrow, wide, rtol=0, atol=0.03 * float(wide.abs().max()))
+
+
+def test_compiled_layers_train_as_others():
+    """One graph a kind of layer, whatever the batches' shapes; nothing that fairseq saves tells of it."""
+    torch._dynamo.reset()
+    saved = argparse.Namespace(**SMALL, dropout=0.0, compile=True)
+    compiled = LRNModel.build_model(LRNConfig.from_namespace(saved), task())
+    assert saved.compile is False
+    plain = build(dropout=0.0).train()
+    assert list(compiled.state_dict()) == list(plain.state_dict())
+    compiled.load_state_dict(plain.state_dict())
+    graphs = []
+
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for layer in [*compiled.encoder.layers, *compiled.decoder.layers]:
+        assert layer._compiled_call_impl is not None
+        layer.compile(dynamic=True, fullgraph=True, backend=backend)
+    pad = plain.encoder.padding_idx
+    for lengths in ([5, 9, 2], [4, 4], [7, 3, 6, 2]):  # the second without padding
+        source, target = sentences(lengths, pad, left=True), sentences(lengths[::-1], pad, seed=2)
+        results = []
+        for model in (plain, compiled):
+            model.zero_grad()
+            scores, _ = model(source, None, target)
+            scores.logsumexp(2).sum().backward()
+            results.append([scores, *(parameter.grad for parameter in model.parameters())])
+        torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    assert len(graphs) == 2  # an encoder's layer and a decoder's
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"checkpoint_activations": True}, {"offload_activations": True}, {"cell": "gru"}, {"cell": "sru"}],
+)
+def test_what_cannot_be_compiled_is_refused(options):
+    with pytest.raises(ValueError, match="--compile is"):
+        build(compile=True, **options)

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fairseq_lrn.ops import log_softmax_topk
+from fairseq_lrn.ops.log_softmax_topk import topk
 
 
 def expected(scores, k, exclude):
@@ -116,3 +117,13 @@ def test_errors(scores, k, exclude, words):
     with pytest.raises((TypeError, ValueError)) as error:
         log_softmax_topk(scores, k, exclude)
     assert words in str(error.value)
+
+
+@given(st.integers(1, 5), st.integers(1, 700), st.data())
+@settings(deadline=None, max_examples=60)
+def test_topk_by_blocks(rows, columns, data):
+    k, block = data.draw(st.integers(1, columns)), data.draw(st.integers(1, 40))
+    scores = torch.randn(rows, columns, generator=torch.Generator().manual_seed(rows * columns))
+    best, chosen = topk(scores, k, block)
+    assert torch.equal(best, scores.topk(k)[0])
+    assert torch.equal(scores.gather(1, chosen), best)

@@ -103,6 +103,27 @@ def test_definition(options, dtype, device, instruction_set):
             assert_close(results, expected, TOLERANCE[dtype])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("options", OPTIONS[2::3], ids=str)
+def test_every_kernel_of_a_gpu(options, dtype):
+    """Each width of memory access, by as few lanes as it takes: many copies of 16 sentences.
+
+    compute-sanitizer runs this test: the definition runs on the CPU, so that little else is launched.
+    """
+    inputs = make(19, 16, 64, options, "anywhere", dtype)
+    expected = run(lrn_scan_reference, *map(double, inputs), options)
+    projections, state, mask, grad = (x.cuda() for x in inputs)
+    lanes = 96 * torch.cuda.get_device_properties(0).multi_processor_count
+    widths = [width for width in (1, 2, 4, 8) if width * dtype.itemsize <= 16]
+    for copies in [1, *(-(-lanes * width // (16 * 128)) for width in widths)]:
+        many = [projections.repeat(1, copies, 1), state.repeat(copies, 1), mask.repeat(copies, 1)]
+        results = run(lrn_scan, *many, grad.repeat(1, copies, 1), options)
+        batches = [x.cpu().unflatten(-2, (copies, 16)).unbind(-3) for x in results]
+        assert_close([x[0] for x in batches], expected, TOLERANCE[dtype])
+        assert all(torch.equal(one, x[0]) for x in batches for one in x)
+
+
 @pytest.mark.parametrize("gate", ["i", "f", "o"])
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 def test_any_gate(dtype, gate, device, instruction_set):

@@ -8,10 +8,9 @@ import pytest
 import torch
 import torch.nn as nn
 from batches import SMALL, SMALL_OPTIONS, sentences, task
-from fairseq.tasks.translation import TranslationConfig
 
 from fairseq_lrn.models import DeepNMTModel, LRNModel
-from fairseq_lrn.tasks.translation import LRNTranslationTask
+from fairseq_lrn.tasks.translation import LRNTranslationConfig, LRNTranslationTask
 
 ROOT = Path(__file__).resolve().parents[2]
 PLUGIN = ["--user-dir", ROOT / "fairseq_lrn"]
@@ -79,7 +78,9 @@ def test_a_sentence_without_scores_is_named(change, beam, options, model_class):
     source[source == 9] = 10
     source[1, -2] = 9
     change(model)
-    translation = LRNTranslationTask(TranslationConfig(), task().source_dictionary, task().target_dictionary)
+    translation = LRNTranslationTask(
+        LRNTranslationConfig(), task().source_dictionary, task().target_dictionary
+    )
     options = {**options}
     allowed = options.pop("allowed", None)
     generator = translation.build_generator(

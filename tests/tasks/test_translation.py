@@ -3,14 +3,17 @@
 tests/inference/test_generator.py has its generator in Python.
 """
 
+import copy
 import re
 from pathlib import Path
 
 import pytest
 import sacrebleu
+import torch
 from batches import SMALL_OPTIONS
 
 import fairseq_lrn.tasks  # noqa: F401  registers lrn_translation
+from fairseq_lrn.inference import COMPUTE_TYPES
 from fairseq_lrn.models import LRNModel
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -105,6 +108,13 @@ def test_interactive_prints_the_same(run, data, checkpoint, test_sentences, opti
     if not options:
         hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data))
         assert hub.translate(lines, beam=3, max_len_b=20) == [words for _, words in printed[1]]
+        tokens = [hub.encode(line) for line in lines[:3]]
+        assert len(hub.generate(tokens, 3, False, True)) == 3
+        other = copy.deepcopy(hub.models[0])
+        with torch.no_grad():
+            other.decoder.output_projection.weight.neg_()
+        hub.models[0] = other
+        assert hub.translate(lines, beam=3, max_len_b=20) != [words for _, words in printed[1]]
 
 
 def test_hub_interface_of_a_model_trained_with_the_task(run, data, checkpoint, tmp_path):
@@ -115,3 +125,30 @@ def test_hub_interface_of_a_model_trained_with_the_task(run, data, checkpoint, t
         "print(len(hub.translate(['▁1', '', '▁3'])))\n"
     )
     assert run(tmp_path / "program.py").split()[-1] == "3"
+
+
+def test_compute_types(run, data, checkpoint, test_sentences):
+    """By the command and from Python the same; other scores than in float32."""
+    found = {}
+    for name in COMPUTE_TYPES:
+        out = run("fairseq-interactive", data, *PLUGIN, "--cpu", "--task", "lrn_translation",
+                  "--path", checkpoint, "-s", "en", "-t", "de", "--beam", 3, "--max-len-b", 20,
+                  "--compute-type", name, "--buffer-size", 9, "--batch-size", 9,
+                  input="".join(f"{line}\n" for line in test_sentences))  # fmt: skip
+        found[name] = re.findall(r"^D-\d+\t(\S+)\t(.*)$", out, re.M)
+        hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data), compute_type=name)
+        assert hub.translate(test_sentences, beam=3, max_len_b=20) == [words for _, words in found[name]]
+    scores = [[float(score) for score, _ in found[name]] for name in COMPUTE_TYPES]
+    assert scores[0] != scores[1] != scores[2] != scores[0]
+    assert scores[1] == pytest.approx(scores[0], abs=0.1) and scores[2] == pytest.approx(scores[0], abs=0.5)
+
+
+def test_wrong_compute_types(run, data, checkpoint):
+    with pytest.raises(
+        ValueError, match="compute_type is 'int4', but must be one of float32, bfloat16, int8"
+    ):
+        LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data), compute_type="int4")
+    with pytest.raises(ValueError, match="needs the task lrn_translation, but the task is a TranslationTask"):
+        LRNModel.from_pretrained(
+            checkpoint.parent, checkpoint.name, str(data), task="translation", compute_type="int8"
+        )

@@ -1,0 +1,237 @@
+"""Compare how fast an untrained lrn_wmt_en_de and fairseq's Transformer of its width translate on a GPU.
+
+    python decoding_cuda.py [--beam 4 1] [--batch-size 1 128] [--dtype float32 float16] [--json FILE]
+
+All sentences have 25 words, and so have all translations. The contenders take turns; medians are shown. What
+fails is named and left out. CTranslate2 takes part in float16 if it is installed. Without a card all runs at
+tiny sizes on the CPU.
+"""
+
+import argparse
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from types import SimpleNamespace
+from typing import Any, Callable, Dict, List
+
+import torch
+from arguments import output, positive
+from benchmark import environment
+from benchmark_cuda import CUDA, DEVICE, card
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.sequence_generator import SequenceGenerator
+from torch import nn
+
+import fairseq_lrn.models  # noqa: F401  registers them
+from fairseq_lrn.inference import BeamSearchGenerator
+
+WORDS, VOCABULARY = (25, 32000) if CUDA else (4, 60)
+ARCHITECTURES = {
+    "lrn": ("lrn_wmt_en_de", {}),
+    "transformer": (
+        "transformer_wmt_en_de",
+        {"encoder_normalize_before": True, "decoder_normalize_before": True},
+    ),
+}
+TINY = {
+    f"{side}_{name}": size
+    for side in ("encoder", "decoder")
+    for name, size in (("embed_dim", 16), ("ffn_embed_dim", 16), ("layers", 1), ("attention_heads", 2))
+}
+DTYPES = ["float32", "float16", "bfloat16"]
+
+
+class Plain(BeamSearchGenerator):
+    """This package's, with kernels launched one by one."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.graphs = SimpleNamespace(serve=lambda beam_size: False)
+
+
+CONTENDERS = {
+    "transformer": ("transformer", SequenceGenerator),
+    "lrn, fairseq's generator": ("lrn", SequenceGenerator),
+    "lrn, lrn_translation without graphs": ("lrn", Plain),
+    "lrn, lrn_translation": ("lrn", BeamSearchGenerator),
+}
+PEER = "transformer, CTranslate2"
+
+
+def build(architecture: str, dictionary: Dictionary, dtype: torch.dtype) -> nn.Module:
+    """Return an untrained model that is ready to translate."""
+    name, options = ARCHITECTURES[architecture]
+    cfg = argparse.Namespace(max_source_positions=1024, max_target_positions=1024, **options)
+    vars(cfg).update({} if CUDA else TINY)
+    ARCH_CONFIG_REGISTRY[name](cfg)
+    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
+    torch.manual_seed(0)
+    model = ARCH_MODEL_REGISTRY[name].build_model(cfg, task).eval().to(DEVICE, dtype)
+    model.make_generation_fast_()
+    return model
+
+
+def peer(dictionary: Dictionary, dtype: torch.dtype) -> Any:
+    """Return CTranslate2's translator with the weights of the Transformer.
+
+    Raises:
+        Exception: it, or a library that it needs, is missing
+    """
+    import ctranslate2
+    from ctranslate2.converters import fairseq as converter
+
+    model = build("transformer", dictionary, torch.float32).cpu()
+    heads = model.encoder.layers[0].self_attn.num_heads
+    layers = (len(model.encoder.layers), len(model.decoder.layers))
+    spec = ctranslate2.specs.TransformerSpec.from_config(layers, heads, pre_norm=True)
+    with torch.no_grad():
+        converter.set_transformer_encoder(spec.encoder, model.encoder.float().requires_grad_(False))
+        converter.set_transformer_decoder(spec.decoder, model.decoder.float().requires_grad_(False))
+    words = ["<blank>" if word == "<pad>" else word for word in dictionary.symbols]
+    spec.register_source_vocabulary(words)
+    spec.register_target_vocabulary(words)
+    spec.config.decoder_start_token = spec.config.eos_token
+    spec.config.add_source_eos = True
+    spec.validate()
+    spec.optimize(quantization=str(dtype)[6:])
+    with tempfile.TemporaryDirectory() as folder:
+        spec.save(folder)
+        return ctranslate2.Translator(folder, device=DEVICE, compute_type=str(dtype)[6:])
+
+
+def attempt(name: str, make: Callable[[], Any], failures: Dict[str, str]) -> Any:
+    """Return what ``make`` does, or None, having said why."""
+    try:
+        return make()
+    except Exception as error:  # the other contenders' figures are wanted all the same
+        failures[name] = f"{type(error).__name__}: {error}".split("\n")[0]
+        print(f"{name} left out: {failures[name]}", file=sys.stderr, flush=True)
+        if CUDA and not isinstance(error, ImportError):
+            traceback.print_exc()
+        return None
+
+
+def seconds() -> float:
+    """Return the time, once the card has done its work."""
+    if CUDA:
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def measure(
+    dictionary: Dictionary,
+    dtype: torch.dtype,
+    models: Dict[str, nn.Module],
+    translator: Any,
+    beam: int,
+    batch_size: int,
+    rounds: int,
+    failures: Dict[str, str],
+) -> Dict[str, Dict[str, float]]:
+    """Translate a batch by each contender in its turn.
+
+    Returns:
+        of each contender ``seconds`` of a batch, the median, and ``first``, of the first batch
+    """
+    source = torch.randint(dictionary.nspecial, len(dictionary), (batch_size, WORDS + 1))
+    source[:, -1] = dictionary.eos()
+    words = [[dictionary[word] for word in row[:-1]] for row in source.tolist()]
+    source = source.to(DEVICE)
+    lengths = torch.full((batch_size,), WORDS + 1, device=DEVICE)
+    calls: Dict[str, Callable[[], Any]] = {}
+
+    def by(generator: Any) -> Callable[[], Any]:
+        sample = {"net_input": {"src_tokens": source, "src_lengths": lengths}}
+
+        def call() -> None:
+            found = generator.generate([], sample)
+            assert all(len(beam[0]["tokens"]) == WORDS + 1 for beam in found)
+
+        return call
+
+    for name, (model, kind) in CONTENDERS.items():
+        options = {"beam_size": beam, "max_len_b": WORDS, "min_len": WORDS}
+        calls[name] = by(kind([models[model]], dictionary, **options))
+    if translator is not None:
+        calls[PEER] = lambda: translator.translate_batch(
+            words,
+            beam_size=beam,
+            max_batch_size=batch_size,
+            min_decoding_length=WORDS,
+            max_decoding_length=WORDS,
+        )
+    title = f"{str(dtype)[6:]}, beam {beam}, batch {batch_size}"
+    first: Dict[str, float] = {}
+    for name in list(calls):
+        began = seconds()
+        if attempt(f"{name}, {title}", lambda call=calls[name]: (call(), call()), failures) is None:
+            del calls[name]
+        first[name] = seconds() - began
+    times: Dict[str, List[float]] = {name: [] for name in calls}
+    for _ in range(rounds):
+        for name, call in calls.items():
+            began = seconds()
+            call()
+            times[name].append(seconds() - began)
+    return {
+        name: {"seconds": statistics.median(values), "first": first[name]} for name, values in times.items()
+    }
+
+
+def main() -> None:
+    """Read the command line, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--beam", type=positive, nargs="+", default=[4, 1])
+    parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 128])
+    parser.add_argument(
+        "--dtype", nargs="+", default=["float32", "float16"], choices=["float32", "float16", "bfloat16"]
+    )
+    parser.add_argument("--rounds", type=positive, default=5)
+    parser.add_argument("--json", type=output, help="file for every measurement")
+    args = parser.parse_args()
+
+    dictionary = Dictionary()
+    for i in range(VOCABULARY - len(dictionary)):
+        dictionary.add_symbol(str(i))
+    facts = {**environment(), **card(), "words": WORDS, "vocabulary": VOCABULARY}
+    print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
+    print("\n| dtype, beam, batch | contender | sentences/s | ms a step | ÷ transformer | first two, s |")
+    print("|---|---|---|---|---|---|", flush=True)
+    failures: Dict[str, str] = {}
+    measured = []
+    for dtype in [getattr(torch, name) for name in args.dtype]:
+        models = {name: build(name, dictionary, dtype) for name in ARCHITECTURES}
+        translator = None
+        if dtype == torch.float16 or not CUDA:
+            translator = attempt(f"{PEER}, {str(dtype)[6:]}", lambda: peer(dictionary, dtype), failures)  # noqa: B023
+        for batch_size in args.batch_size:
+            for beam in args.beam:
+                found = measure(
+                    dictionary, dtype, models, translator, beam, batch_size, args.rounds, failures
+                )
+                base = found.get("transformer", {"seconds": math.nan})["seconds"]
+                title = f"{str(dtype)[6:]}, {beam}, {batch_size}"
+                for name, one in found.items():
+                    row = [title, name, f"{batch_size / one['seconds']:.1f}"]
+                    row += [f"{1000 * one['seconds'] / (WORDS + 1):.3f}", f"{base / one['seconds']:.2f}"]
+                    print("| " + " | ".join([*row, f"{one['first']:.2f}"]) + " |", flush=True)
+                    setting = {"dtype": str(dtype)[6:], "beam": beam, "batch_size": batch_size}
+                    measured.append({**setting, "contender": name, **one})
+                if args.json:
+                    report = {"environment": facts, "failures": failures, "measured": measured}
+                    args.json.write_text(json.dumps(report, indent=1))
+        if CUDA:
+            gib = torch.cuda.max_memory_allocated() / 2**30
+            print(f"peak of memory, {str(dtype)[6:]}: {gib:.2f} GiB", flush=True)
+            torch.cuda.reset_peak_memory_stats()
+    if not CUDA:
+        print("There is no CUDA card: tiny sizes were tried out on the CPU, and the times say nothing.")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,66 @@
+"""fairseq's criteria, made for the models of this package."""
+
+from typing import Any, Dict, Optional, Tuple
+
+import torch
+import torch.nn as nn
+from fairseq.criterions import register_criterion
+from fairseq.criterions.label_smoothed_cross_entropy import (
+    LabelSmoothedCrossEntropyCriterion,
+    LabelSmoothedCrossEntropyCriterionConfig,
+)
+from fairseq.distributed import FullyShardedDataParallel
+from torch import Tensor
+
+from .models.deepnmt_decoder import DeepNMTDecoder
+from .models.lrn_decoder import LRNDecoder
+from .modules.linear import is_plain
+from .modules.loss import linear_cross_entropy
+
+
+@register_criterion(
+    "chunked_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig
+)
+class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
+    """``label_smoothed_cross_entropy`` in less memory: scores are made of a few words at a time.
+
+    That is with ``lrn`` and ``deepnmt`` in float32 and bfloat16. All else is fairseq's own: other models,
+    float16, autocast, FSDP, an output projection that is no plain ``nn.Linear``, ``--report-accuracy`` and
+    ``--ignore-prefix-size``.
+    """
+
+    def forward(
+        self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, int, Dict]:
+        """As fairseq's: the loss, the sample size and what to log."""
+        weight = self.weight(model)
+        if weight is None or not reduce or self.report_accuracy or self.ignore_prefix_size:
+            return super().forward(model, sample, reduce)
+        features, _ = model(**sample["net_input"], features_only=True)
+        target = sample["target"]
+        words = target.ne(self.padding_idx)
+        loss, nll_loss = linear_cross_entropy(features[words], weight, target[words], self.eps)
+        size = target.size(0) if self.sentence_avg else sample["ntokens"]
+        logging_output = {
+            "loss": loss.data,
+            "nll_loss": nll_loss.data,
+            "ntokens": sample["ntokens"],
+            "nsentences": target.size(0),
+            "sample_size": size,
+        }
+        return loss, size, logging_output
+
+    @staticmethod
+    def weight(model: nn.Module) -> Optional[Tensor]:
+        """Return the weight of a plain output projection, or None where there is another."""
+        decoder = getattr(model, "decoder", None)
+        known = type(decoder) in (LRNDecoder, DeepNMTDecoder) and is_plain(decoder, type(decoder))
+        if not known or isinstance(model, FullyShardedDataParallel):
+            return None
+        projection = decoder.output_projection
+        if projection is None or not is_plain(projection, nn.Linear) or "output_layer" in decoder.__dict__:
+            return None
+        weight = projection.weight
+        plain = projection.bias is None and type(weight) in (nn.Parameter, Tensor)
+        exact = weight.dtype in (torch.float32, torch.bfloat16) and not torch._C._is_any_autocast_enabled()
+        return weight if plain and exact else None

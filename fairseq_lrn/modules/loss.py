@@ -1,0 +1,71 @@
+"""Label-smoothed cross entropy of a linear layer, a few rows at a time."""
+
+from typing import Any, Tuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..ops import linear
+
+_ELEMENTS = 2**22  # scores at a time
+
+
+class _Loss(torch.autograd.Function):
+    # The gradients are made beside the loss: the scores are not computed twice.
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, learns: bool):
+        each = smoothing / (len(weight) - 1)
+        nll = torch.zeros((), dtype=torch.float32, device=x.device)
+        smooth = torch.zeros_like(nll)
+        if learns:
+            x_grad, weight_grad = (
+                torch.empty_like(x),
+                weight.new_zeros(weight.shape[::-1], dtype=torch.float32),
+            )
+        rows = max(1, _ELEMENTS // len(weight))
+        for begin in range(0, len(x), rows):
+            part, words = x[begin : begin + rows], target[begin : begin + rows, None]
+            log_probs = F.log_softmax(linear(part, weight), 1, dtype=torch.float32)
+            nll -= log_probs.gather(1, words).sum()
+            smooth -= log_probs.sum()
+            if learns:
+                grad = log_probs.exp_().sub_(each)
+                grad.scatter_add_(1, words, grad.new_full(words.shape, smoothing + each - 1))
+                grad = grad.to(x.dtype)
+                x_grad[begin : begin + rows] = linear(grad, weight.t())
+                weight_grad += linear(part.t(), grad.t())
+        if learns:
+            ctx.save_for_backward(x_grad, weight_grad.t().to(weight.dtype))
+        ctx.mark_non_differentiable(nll)
+        return (1 - smoothing - each) * nll + each * smooth, nll
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor, _: Tensor):
+        x_grad, weight_grad = ctx.saved_tensors
+        return x_grad * grad, weight_grad * grad, None, None, None
+
+
+def linear_cross_entropy(
+    x: Tensor, weight: Tensor, target: Tensor, label_smoothing: float = 0.0
+) -> Tuple[Tensor, Tensor]:
+    """Return the loss of scores ``x @ weight.T`` without an array of all of them, and without smoothing.
+
+    It is fairseq's ``label_smoothed_nll_loss``: each wrong word gets label_smoothing / (V - 1). The softmax
+    and the sums are in float32.
+
+    Args:
+        x: (N, C), float32 or bfloat16
+        weight: (V, C), of the same dtype
+        target: (N,), int64
+        label_smoothing: from 0 to 1
+
+    Returns:
+        two sums over N, float32: the loss, differentiable once, and the negative log-likelihood, which is not
+
+    Raises:
+        TypeError: another dtype
+    """
+    if x.dtype != weight.dtype or x.dtype not in (torch.float32, torch.bfloat16):
+        raise TypeError(f"x and weight must both be float32 or bfloat16, got {x.dtype} and {weight.dtype}")
+    return _Loss.apply(x, weight, target, label_smoothing, torch.is_grad_enabled())
