@@ -1,6 +1,6 @@
 """What people do with fairseq's translation models, done with its lstm and transformer and with lrn.
 
-Each feature is checked through fairseq's commands: for lrn always, for the others with --all. What an architecture
+Each feature is checked through fairseq's commands: for lrn always, for the others with --all. What a model
 cannot do is in EXCEPTIONS, with the reason. examples/translation/README.md shows what not all three can do.
 """
 
