@@ -63,11 +63,9 @@ CONTENDERS = {
 PEER = "transformer, CTranslate2"
 
 
-def build(architecture: str, dictionary: Dictionary, dtype: torch.dtype) -> nn.Module:
-    """Return an untrained model that is ready to translate."""
-    name, options = ARCHITECTURES[architecture]
+def build(name: str, dictionary: Dictionary, dtype: torch.dtype, **options: Any) -> nn.Module:
+    """Return an untrained model of the architecture ``name`` that is ready to translate."""
     cfg = argparse.Namespace(max_source_positions=1024, max_target_positions=1024, **options)
-    vars(cfg).update({} if CUDA else TINY)
     ARCH_CONFIG_REGISTRY[name](cfg)
     task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     torch.manual_seed(0)
@@ -76,8 +74,8 @@ def build(architecture: str, dictionary: Dictionary, dtype: torch.dtype) -> nn.M
     return model
 
 
-def peer(dictionary: Dictionary, dtype: torch.dtype) -> Any:
-    """Return CTranslate2's translator with the weights of the Transformer.
+def peer(model: nn.Module, dictionary: Dictionary, compute_type: str, **options: Any) -> Any:
+    """Return CTranslate2's translator with the weights of ``model``, fairseq's Transformer, in float32.
 
     Raises:
         Exception: it, or a library that it needs, is missing
@@ -85,7 +83,6 @@ def peer(dictionary: Dictionary, dtype: torch.dtype) -> Any:
     import ctranslate2
     from ctranslate2.converters import fairseq as converter
 
-    model = build("transformer", dictionary, torch.float32).cpu()
     heads = model.encoder.layers[0].self_attn.num_heads
     layers = (len(model.encoder.layers), len(model.decoder.layers))
     spec = ctranslate2.specs.TransformerSpec.from_config(layers, heads, pre_norm=True)
@@ -98,10 +95,10 @@ def peer(dictionary: Dictionary, dtype: torch.dtype) -> Any:
     spec.config.decoder_start_token = spec.config.eos_token
     spec.config.add_source_eos = True
     spec.validate()
-    spec.optimize(quantization=str(dtype)[6:])
+    spec.optimize(quantization=compute_type)
     with tempfile.TemporaryDirectory() as folder:
         spec.save(folder)
-        return ctranslate2.Translator(folder, device=DEVICE, compute_type=str(dtype)[6:])
+        return ctranslate2.Translator(folder, compute_type=compute_type, **options)
 
 
 def attempt(name: str, make: Callable[[], Any], failures: Dict[str, str]) -> Any:
@@ -205,10 +202,19 @@ def main() -> None:
     failures: Dict[str, str] = {}
     measured = []
     for dtype in [getattr(torch, name) for name in args.dtype]:
-        models = {name: build(name, dictionary, dtype) for name in ARCHITECTURES}
+        sizes = {} if CUDA else TINY
+        models = {
+            name: build(arch, dictionary, dtype, **options, **sizes)
+            for name, (arch, options) in ARCHITECTURES.items()
+        }
         translator = None
         if dtype == torch.float16 or not CUDA:
-            translator = attempt(f"{PEER}, {str(dtype)[6:]}", lambda: peer(dictionary, dtype), failures)  # noqa: B023
+            translator = attempt(
+                f"{PEER}, {str(dtype)[6:]}",
+                lambda: peer(models["transformer"].float().cpu(), dictionary, str(dtype)[6:], device=DEVICE),  # noqa: B023
+                failures,
+            )
+            models["transformer"].to(DEVICE, dtype)
         for batch_size in args.batch_size:
             for beam in args.beam:
                 found = measure(
