@@ -1,7 +1,7 @@
 """The decoder of the ``lrn`` model."""
 
 import math
-from typing import Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -49,7 +49,7 @@ class LRNDecoder(Decoder):
         self.learns_alignments = False  # whether training needs attention
         self.compiled = bool(cfg.compile)
         self.layer_norm = nn.LayerNorm(embed_dim)
-        self.translator = None
+        self.translator: Any = None
 
         self.adaptive_softmax = None
         self.output_projection = None

@@ -1,7 +1,7 @@
 """The encoder of the ``lrn`` model."""
 
 import math
-from typing import Dict, List, Optional
+from typing import Any, Dict, List, Optional
 
 import torch
 import torch.nn as nn
@@ -35,7 +35,7 @@ class LRNEncoder(FairseqEncoder):
         self.layers = build_layers(LRNEncoderLayer, cfg, cfg.encoder_layers, cfg.encoder_layerdrop)
         self.compiled = bool(cfg.compile)
         self.layer_norm = nn.LayerNorm(cfg.encoder_embed_dim)
-        self.translator = None
+        self.translator: Any = None
 
     def forward(
         self,
