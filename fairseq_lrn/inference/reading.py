@@ -66,8 +66,9 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     WordDropout: ("apply_during_inference", "p"),
 }
 # What these classes were when this file was read: nobody had changed a method yet.
+# Special methods are left out: torch.compile replaces Module.__init__.
 _METHODS = {
-    kind: vars(kind).copy()
+    kind: {name: value for name, value in vars(kind).items() if not name.startswith("__")}
     for known in (*CHILDREN, DeepNMTModel)
     for kind in known.__mro__
     if kind is not object
@@ -132,7 +133,7 @@ def replaced_method() -> Optional[str]:
     """Return which method of the models' classes is not what it was, or None."""
     for kind, methods in _METHODS.items():
         for name, now in vars(kind).items():
-            if callable(now) and now is not methods.get(name):
+            if callable(now) and now is not methods.get(name) and not name.startswith("__"):
                 return f"{kind.__name__}.{name}"
     return None
 
