@@ -8,12 +8,12 @@ sentence, and how many sentences it translated in a second, without loading.
 """
 
 import argparse
-import tempfile
 import time
 from typing import Any, Callable, List
 
 import numpy as np
 import torch
+from decoding_cuda import peer
 from fairseq.checkpoint_utils import load_model_ensemble
 from fairseq.data import Dictionary, data_utils
 
@@ -48,21 +48,9 @@ def translator(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
 
 def ctranslate2(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
     """Return CTranslate2, which reads and writes words."""
-    import ctranslate2
-
-    load = torch.load  # CTranslate2 does not say that fairseq's checkpoints hold more than weights
-    torch.load = lambda *args, **kwargs: load(*args, **{**kwargs, "weights_only": False})
-    try:
-        converter = ctranslate2.converters.FairseqConverter(
-            args.checkpoint, args.data, source_lang=args.source, target_lang=args.target
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            converter.convert(folder, force=True)
-            engine = ctranslate2.Translator(
-                folder, compute_type=args.compute_type, inter_threads=1, intra_threads=args.threads
-            )
-    finally:
-        torch.load = load
+    (model,), _ = load_model_ensemble([args.checkpoint], {"data": args.data})
+    threads = {"inter_threads": 1, "intra_threads": args.threads}
+    engine = peer(model.eval(), dictionary, args.compute_type, **threads)
 
     def prepare(batch: List[torch.Tensor]) -> Callable[[], List[torch.Tensor]]:
         sources = [[dictionary[word] for word in sentence[:-1].tolist()] for sentence in batch]
