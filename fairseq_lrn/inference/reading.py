@@ -115,7 +115,7 @@ class Snapshot:
             list(map(len, self.hooks)),
             list(map(id, self._owned())),
             list(map(Tensor.data_ptr, self.parameters)),
-            list(map(Tensor.stride, self.parameters)),
+            list(map(Tensor.is_contiguous, self.parameters)),
             list(map(_VERSION, self.versioned)),
             list(map(_FORWARD, CHILDREN)),
             [get(state) for get, state in zip(self.getters, self.states)],
