@@ -154,12 +154,12 @@ def plot(medians: Dict[Key, Dict[str, float]], path: Path) -> None:
                 panel.scatter(speed, bleu, label=run)
             panel.set(title=f"beam {beam}, batch {batch_size}", xlabel="sentences/s", ylabel="BLEU")
             panel.set_xscale("log")
-            # a logarithmic axis' own labels overlap where speeds are close
-            panel.xaxis.set_major_locator(pyplot.MaxNLocator(5))
+            panel.xaxis.set_major_locator(pyplot.LogLocator(subs=(1, 2, 5)))
             panel.xaxis.set_major_formatter("{x:g}")
             panel.xaxis.set_minor_locator(pyplot.NullLocator())
             panel.margins(0.1)
-    axes[0][0].legend(fontsize=7)
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=7)
     figure.savefig(path, dpi=110)
 
 
