@@ -25,6 +25,17 @@ MARGIN = 1e-5  # below this difference of scores per word, rounding may decide b
 TOLERANCE = {"rtol": 2e-5, "atol": 2e-5}
 
 
+# options that make training another one, and not translating
+OF_TRAINING = [
+    {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5},
+    {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0"},
+    {"checkpoint_activations": True},
+    {"offload_activations": True},
+    {"quant_noise_pq": 0.1, "quant_noise_pq_block_size": 4},
+    {"word_dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3},
+]
+
+
 def build(model_class=LRNModel, words=54, ends=-2.0, seed=0, device="cpu", **options):
     """A random model for a dictionary of ``words``, ready to translate.
 

@@ -12,7 +12,6 @@ import json
 import math
 import statistics
 import sys
-import tempfile
 import time
 import traceback
 from types import SimpleNamespace
@@ -23,11 +22,10 @@ from arguments import output, positive
 from benchmark import environment
 from benchmark_cuda import CUDA, DEVICE, card
 from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from fairseq.sequence_generator import SequenceGenerator
+from models import build, make_dictionary, peer
 from torch import nn
 
-import fairseq_lrn.models  # noqa: F401  registers them
 from fairseq_lrn.inference import BeamSearchGenerator
 
 WORDS, VOCABULARY = (25, 32000) if CUDA else (4, 60)
@@ -63,42 +61,13 @@ CONTENDERS = {
 PEER = "transformer, CTranslate2"
 
 
-def build(name: str, dictionary: Dictionary, dtype: torch.dtype, **options: Any) -> nn.Module:
+def ready(name: str, dictionary: Dictionary, dtype: torch.dtype, **options: Any) -> nn.Module:
     """Return an untrained model of the architecture ``name`` that is ready to translate."""
-    cfg = argparse.Namespace(max_source_positions=1024, max_target_positions=1024, **options)
-    ARCH_CONFIG_REGISTRY[name](cfg)
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     torch.manual_seed(0)
-    model = ARCH_MODEL_REGISTRY[name].build_model(cfg, task).eval().to(DEVICE, dtype)
+    positions = {"max_source_positions": 1024, "max_target_positions": 1024}
+    model = build(name, dictionary, **positions, **options).eval().to(DEVICE, dtype)
     model.make_generation_fast_()
     return model
-
-
-def peer(model: nn.Module, dictionary: Dictionary, compute_type: str, **options: Any) -> Any:
-    """Return CTranslate2's translator with the weights of ``model``, fairseq's Transformer, in float32.
-
-    Raises:
-        Exception: it, or a library that it needs, is missing
-    """
-    import ctranslate2
-    from ctranslate2.converters import fairseq as converter
-
-    heads = model.encoder.layers[0].self_attn.num_heads
-    layers = (len(model.encoder.layers), len(model.decoder.layers))
-    spec = ctranslate2.specs.TransformerSpec.from_config(layers, heads, pre_norm=True)
-    with torch.no_grad():
-        converter.set_transformer_encoder(spec.encoder, model.encoder.float().requires_grad_(False))
-        converter.set_transformer_decoder(spec.decoder, model.decoder.float().requires_grad_(False))
-    words = ["<blank>" if word == "<pad>" else word for word in dictionary.symbols]
-    spec.register_source_vocabulary(words)
-    spec.register_target_vocabulary(words)
-    spec.config.decoder_start_token = spec.config.eos_token
-    spec.config.add_source_eos = True
-    spec.validate()
-    spec.optimize(quantization=compute_type)
-    with tempfile.TemporaryDirectory() as folder:
-        spec.save(folder)
-        return ctranslate2.Translator(folder, compute_type=compute_type, **options)
 
 
 def attempt(name: str, make: Callable[[], Any], failures: Dict[str, str]) -> Any:
@@ -192,9 +161,7 @@ def main() -> None:
     parser.add_argument("--json", type=output, help="file for every measurement")
     args = parser.parse_args()
 
-    dictionary = Dictionary()
-    for i in range(VOCABULARY - len(dictionary)):
-        dictionary.add_symbol(str(i))
+    dictionary = make_dictionary(VOCABULARY)
     facts = {**environment(), **card(), "words": WORDS, "vocabulary": VOCABULARY}
     print("; ".join(f"{name} {value}" for name, value in facts.items()), flush=True)
     print("\n| dtype, beam, batch | contender | sentences/s | ms a step | ÷ transformer | first two, s |")
@@ -204,7 +171,7 @@ def main() -> None:
     for dtype in [getattr(torch, name) for name in args.dtype]:
         sizes = {} if CUDA else TINY
         models = {
-            name: build(arch, dictionary, dtype, **options, **sizes)
+            name: ready(arch, dictionary, dtype, **options, **sizes)
             for name, (arch, options) in ARCHITECTURES.items()
         }
         translator = None

@@ -15,9 +15,10 @@ from typing import Any, Callable, Dict, List
 
 import torch
 from arguments import output, positive
-from decoding_cuda import attempt, build, peer
+from decoding_cuda import attempt, ready
 from fairseq.data import Dictionary
 from fairseq.sequence_generator import SequenceGenerator
+from models import make_dictionary, peer
 
 from fairseq_lrn.inference import COMPUTE_TYPES, BeamSearchGenerator
 
@@ -57,13 +58,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
 
-    dictionary = Dictionary()
-    for i in range(VOCABULARY - len(dictionary)):
-        dictionary.add_symbol(str(i))
+    dictionary = make_dictionary(VOCABULARY)
     both = {f"{side}_normalize_before": True for side in ("encoder", "decoder")}
     models = {
-        "lrn": build("lrn_iwslt_de_en", dictionary, torch.float32, share_all_embeddings=True),
-        "transformer": build(
+        "lrn": ready("lrn_iwslt_de_en", dictionary, torch.float32, share_all_embeddings=True),
+        "transformer": ready(
             "transformer_iwslt_de_en", dictionary, torch.float32, share_all_embeddings=True, **both
         ),
     }

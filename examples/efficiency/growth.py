@@ -15,15 +15,11 @@ import resource
 import statistics
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Dict, List, Optional
 
 import torch
 from arguments import output, picture, positive
-from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
-
-import fairseq_lrn.models  # noqa: F401  registers them
+from models import build, make_dictionary
 
 MODELS: Dict[str, Dict[str, Any]] = {
     "LRN": {"arch": "lrn"},
@@ -47,13 +43,15 @@ def measure(name: str, length: int, width: int, tokens: int, words: int, seconds
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if CUDA else "cpu")
-    dictionary = Dictionary()
-    for i in range(words - len(dictionary)):
-        dictionary.add_symbol(str(i))
-    cfg = argparse.Namespace(
-        **MODELS[name], share_all_embeddings=True, dropout=0.1, checkpoint_activations=False
-    )
-    cfg.max_source_positions = cfg.max_target_positions = length
+    dictionary = make_dictionary(words)
+    options = {
+        **MODELS[name],
+        "share_all_embeddings": True,
+        "dropout": 0.1,
+        "checkpoint_activations": False,
+        "max_source_positions": length,
+        "max_target_positions": length,
+    }
     for side in ("encoder", "decoder"):
         sizes = {
             "embed_dim": width,
@@ -61,20 +59,15 @@ def measure(name: str, length: int, width: int, tokens: int, words: int, seconds
             "layers": 2,
             "attention_heads": max(width // 64, 1),
         }
-        for option, size in sizes.items():
-            setattr(cfg, f"{side}_{option}", size)
-    ARCH_CONFIG_REGISTRY[cfg.arch](cfg)
+        options.update({f"{side}_{option}": size for option, size in sizes.items()})
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if CUDA:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
     size = max(1, tokens // length)
     times: List[float] = []
     try:
-        model = (
-            ARCH_MODEL_REGISTRY[cfg.arch].build_model(cfg, task).to(device, torch.float16 if CUDA else None)
-        )
+        model = build(options["arch"], dictionary, **options).to(device, torch.float16 if CUDA else None)
         optimizer = torch.optim.SGD(model.parameters(), 1e-6)
         source, previous, target = (
             torch.randint(dictionary.nspecial, words, (size, length), device=device) for _ in range(3)

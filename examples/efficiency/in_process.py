@@ -13,9 +13,9 @@ from typing import Any, Callable, List
 
 import numpy as np
 import torch
-from decoding_cuda import peer
 from fairseq.checkpoint_utils import load_model_ensemble
 from fairseq.data import Dictionary, data_utils
+from models import peer
 
 from fairseq_lrn.inference import Translator
 

@@ -17,15 +17,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Dict, List
 
 import torch
 from arguments import output, picture, positive
-from fairseq.data import Dictionary
-from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from models import build, make_dictionary
 
-import fairseq_lrn.models  # noqa: F401  registers them
 from fairseq_lrn.modules import CELLS
 from fairseq_lrn.tasks.translation import BeamSearchGenerator
 
@@ -65,16 +62,11 @@ def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[s
 
     torch.manual_seed(0)
     start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    dictionary = Dictionary()
-    for i in range(scale["words"] - len(dictionary)):
-        dictionary.add_symbol(str(i))
-    cfg = argparse.Namespace(cell=cell, share_decoder_input_output_embed=True)
+    dictionary = make_dictionary(scale["words"])
+    options = {"cell": cell, "share_decoder_input_output_embed": True}
     for side in ("encoder", "decoder"):
-        setattr(cfg, f"{side}_embed_dim", scale["width"])
-        setattr(cfg, f"{side}_layers", scale["layers"])
-    ARCH_CONFIG_REGISTRY[model](cfg)
-    task = SimpleNamespace(source_dictionary=dictionary, target_dictionary=dictionary)
-    net = ARCH_MODEL_REGISTRY[model].build_model(cfg, task).to(device)
+        options.update({f"{side}_embed_dim": scale["width"], f"{side}_layers": scale["layers"]})
+    net = build(model, dictionary, **options).to(device)
     optimizer = torch.optim.Adam(net.parameters())
 
     def tokens() -> torch.Tensor:

@@ -26,9 +26,8 @@ class BeamSearchGenerator(SequenceGenerator):
     The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses
     are read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are
     native too. Otherwise the model's own modules make them, on any device; on a GPU :class:`StepGraphs` has
-    captured them where it knows the model. Ensembles, other models, adaptive
-    softmax, sampling and other searches, constraints, a language model, and n-grams that may not repeat use
-    fairseq's own search.
+    captured them where it knows the model. Ensembles, other models, adaptive softmax, sampling and other
+    searches, constraints, a language model, and n-grams that may not repeat use fairseq's own search.
     """
 
     def __init__(self, models, tgt_dict, compute_type="float32", **kwargs):
@@ -96,7 +95,7 @@ class BeamSearchGenerator(SequenceGenerator):
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
         else:
             search = torch.classes.fairseq_lrn.BeamSearch(len(src_tokens), *options)
-            if self.graphs.serve(self.beam_size) and not torch._C._is_any_autocast_enabled():
+            if self.graphs.serve(self.beam_size) and not autocast:
                 found = self.graphs.search(sample["net_input"], search, self.beam_size, self.temperature)
             else:
                 found = self._search(sample["net_input"], search)

@@ -65,18 +65,26 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     Dropout: ("apply_during_inference", "p"),
     WordDropout: ("apply_during_inference", "p"),
 }
-# What these classes were when this file was read: nobody had changed a method yet.
-# Special methods are left out: torch.compile replaces Module.__init__.
-_METHODS = {
-    kind: {name: value for name, value in vars(kind).items() if not name.startswith("__")}
-    for known in (*CHILDREN, DeepNMTModel)
-    for kind in known.__mro__
-    if kind is not object
-}
 _FORWARD, _VERSION = operator.attrgetter("forward"), operator.attrgetter("_version")
 _ACTIVATIONS = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
 _LINEAR_CODE = get_activation_fn("linear").__code__  # a new function each time
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
+
+
+def _methods(kind: type) -> Dict[str, Callable]:
+    """Return the methods of a class itself, but special ones: torch.compile replaces Module.__init__."""
+    return {
+        name: value for name, value in vars(kind).items() if callable(value) and not name.startswith("__")
+    }
+
+
+# What these classes were when this file was read: nobody had changed a method yet.
+_METHODS = {
+    kind: _methods(kind)
+    for known in (*CHILDREN, DeepNMTModel)
+    for kind in known.__mro__
+    if kind is not object
+}
 
 
 class Unknown(Exception):
@@ -132,8 +140,8 @@ class Snapshot:
 def replaced_method() -> Optional[str]:
     """Return which method of the models' classes is not what it was, or None."""
     for kind, methods in _METHODS.items():
-        for name, now in vars(kind).items():
-            if callable(now) and now is not methods.get(name) and not name.startswith("__"):
+        for name, now in _methods(kind).items():
+            if now is not methods.get(name):
                 return f"{kind.__name__}.{name}"
     return None
 

@@ -17,6 +17,7 @@ from hypothesis import given, settings
 from torch import nn
 from translations import (
     EOS,
+    OF_TRAINING,
     PAD,
     TOLERANCE,
     UNK,
@@ -183,12 +184,7 @@ def test_ensembles(count):
 @pytest.mark.parametrize(
     "options",
     [
-        {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5},
-        {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0"},
-        {"checkpoint_activations": True},
-        {"offload_activations": True},
-        {"quant_noise_pq": 0.1, "quant_noise_pq_block_size": 4},
-        {"word_dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3},
+        *OF_TRAINING,
         {"no_scale_embedding": True, "activation_fn": "gelu"},
         {"adaptive_softmax_cutoff": [10, 30]},
     ],

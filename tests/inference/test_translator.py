@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 from translations import (
     EOS,
+    OF_TRAINING,
     PAD,
     UNK,
     assert_same,
@@ -200,12 +201,7 @@ def test_every_architecture_translates_natively(name):
 @pytest.mark.parametrize(
     "options",
     [
-        {"encoder_layerdrop": 0.5, "decoder_layerdrop": 0.5},
-        {"encoder_layers_to_keep": "1", "decoder_layers_to_keep": "0"},
-        {"checkpoint_activations": True},
-        {"offload_activations": True},
-        {"quant_noise_pq": 0.1, "quant_noise_pq_block_size": 4},
-        {"word_dropout": 0.3, "attention_dropout": 0.3, "activation_dropout": 0.3},
+        *OF_TRAINING,
         {"activation_fn": "gelu_accurate"},
         {"activation_fn": "gelu_fast"},
         {"activation_fn": "linear"},
