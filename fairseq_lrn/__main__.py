@@ -49,7 +49,7 @@ if __name__ == "__main__":
     parser.add_argument(
         "--check",
         action="store_true",
-        help="instead, say what is compiled and whether it is right",
+        help="list the compiled operators and check their results",
     )
     parser.add_argument("--version", action="version", version=__version__)
     if not parser.parse_args().check:

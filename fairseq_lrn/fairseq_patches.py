@@ -314,8 +314,8 @@ def check_labels() -> None:
                 lines[path] = len(labels)
                 check_classes(labels, path, self)
         if len(set(lines.values())) > 1:
-            counts = ", ".join(f"{path} has {count}" for path, count in lines.items())
-            raise ValueError(f"there must be one label for each input, but of lines {counts}")
+            counts = ", ".join(f"{path} has {count} lines" for path, count in lines.items())
+            raise ValueError(f"there must be one label for each input, but {counts}")
         return original(self, split, combine, **kwargs)
 
     SentencePredictionTask.load_dataset = load_dataset
@@ -339,7 +339,7 @@ def check_classes(labels: Any, path: str, task: SentencePredictionTask) -> None:
         label = ids[0] - words.nspecial
         if label < 0:
             raise ValueError(
-                f"{path}, line {number}, has a label that the dictionary of labels has not: the training "
+                f"{path}, line {number}, has a label that is not in the dictionary of labels: the training "
                 f"set has {', '.join(known)}"
             )
         if label >= classes:
@@ -360,8 +360,8 @@ def check_numbers(path: str, targets: int) -> int:
                 right = [False]
             if right != [True] * targets:
                 raise ValueError(
-                    f"{path}, line {number}, is {line.strip()!r}, but must be as many finite numbers as "
-                    f"--num-classes says, {targets}"
+                    f"{path}, line {number}, is {line.strip()!r}, but must be {targets} finite "
+                    "numbers, as --num-classes says"
                 )
     return number
 

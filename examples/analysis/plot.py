@@ -127,14 +127,14 @@ def draw_attention(source: List[str], target: List[str], attention: Tensor):
 def main() -> None:
     """Read the command line, write memory and attention as pictures."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("checkpoint", type=Path, help="of an lrn model")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint of an lrn model")
     parser.add_argument("data", type=Path, help="folder with the dictionaries")
     parser.add_argument("sentencepiece_model", type=Path)
     parser.add_argument("sentence")
-    parser.add_argument("--output", type=Path, default=Path(), help="folder to write to (default: this one)")
+    parser.add_argument("--output", type=Path, default=Path(), help="folder to write to (default: .)")
     parser.add_argument("--format", choices=["png", "svg"], default="png")
-    parser.add_argument("--side", choices=["encoder", "decoder"], default="encoder", help="whose memory")
-    parser.add_argument("--layer", type=int, default=0, help="whose memory, counted from 0")
+    parser.add_argument("--side", choices=["encoder", "decoder"], default="encoder", help="draw its memory")
+    parser.add_argument("--layer", type=int, default=0, help="draw its memory; from 0")
     args = parser.parse_args()
     for path in (args.checkpoint, args.data, args.sentencepiece_model):
         if not path.exists():

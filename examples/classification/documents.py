@@ -36,7 +36,7 @@ class Documents(Sentences):
                 yield row
         if split == "valid" and count < 100:
             raise Refused(
-                f"{self.find('train.csv')} has {count} documents, but must have 100: each 100th validates"
+                f"{self.find('train.csv')} has {count} documents, but needs 100: each 100th validates"
             )
 
     def documents(self, name: str) -> Iterator[Row]:

@@ -91,7 +91,7 @@ class Sentences(Recipe):
                     raise line.refuse("there is no label")
                 check_label(line, "label", label)
                 if not all(text.strip() for text in texts):
-                    raise line.refuse(f"the label {label} is without text")
+                    raise line.refuse(f"the label {label} has no text")
                 if split == "train":
                     known.add(label)
                 elif label not in known:

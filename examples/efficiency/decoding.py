@@ -172,7 +172,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
     parser.add_argument(
-        "--rounds", type=positive, default=3, help="turns of each run, of which medians are shown"
+        "--rounds", type=positive, default=3, help="turns of each run; tables show medians"
     )
     parser.add_argument("--json", type=output, help="file for every measurement")
     parser.add_argument("--plot", type=picture, help="file for a picture of BLEU against speed")

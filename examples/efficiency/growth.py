@@ -127,13 +127,13 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=positive, nargs="+", default=[16, 64, 256, 1024, 4096])
     parser.add_argument("--widths", type=positive, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--length", type=positive, default=64, help="of the sentences as the width grows")
-    parser.add_argument("--width", type=positive, default=512 if CUDA else 128, help="as the length grows")
+    parser.add_argument("--length", type=positive, default=64, help="sentence length while the width grows")
+    parser.add_argument("--width", type=positive, default=512 if CUDA else 128, help="width while length grows")
     parser.add_argument(
         "--tokens", type=positive, default=32768 if CUDA else 4096, help="target words a batch"
     )
-    parser.add_argument("--words", type=positive, default=1000, help="of the vocabulary")
-    parser.add_argument("--seconds", type=float, default=0.5, help="of a measurement, at least three steps")
+    parser.add_argument("--words", type=positive, default=1000, help="words of the vocabulary")
+    parser.add_argument("--seconds", type=float, default=0.5, help="for a measurement; at least three steps")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--json", type=output, help="file for every measurement")
     parser.add_argument("--plot", type=picture, help="file for a picture")

@@ -168,7 +168,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="small", help="paper: for a GPU (default: small)")
     parser.add_argument("--model", choices=["deepnmt", "lrn"], default="deepnmt")
     parser.add_argument(
-        "--rounds", type=positive, default=3, help="turns of each unit, of which medians are shown"
+        "--rounds", type=positive, default=3, help="turns of each unit; tables show medians"
     )
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--json", type=output, help="file for every measurement")

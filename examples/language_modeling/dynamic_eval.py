@@ -111,7 +111,7 @@ def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 def main() -> None:
     """Read the arguments, evaluate and print as ``fairseq-eval-lm`` does."""
     parser = options.get_eval_lm_parser(default_task="truncated_bptt_lm")
-    parser.add_argument("--update", choices=["rms", "sgd"], default="rms", help="the formula")
+    parser.add_argument("--update", choices=["rms", "sgd"], default="rms", help="formula of the update")
     parser.add_argument("--learning-rate", type=float, default=0.002, help="learning rate")
     parser.add_argument("--decay", type=float, default=0.02, help="decay to the trained weights")
     parser.add_argument(

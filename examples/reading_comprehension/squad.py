@@ -35,9 +35,9 @@ def load(path: Path) -> List[Dict[str, Any]]:
         ]
         answers = [(x["text"], x["answer_start"]) for *_, found in questions for x in found]
         if any(type(x) is not str for row in questions for x in row[:3]):
-            raise TypeError("a context, an id or a question is no text")
+            raise TypeError("a context, an id or a question is not text")
         if any((type(text), type(start)) != (str, int) for text, start in answers):
-            raise TypeError("an answer is no text or has no whole number as its start")
+            raise TypeError("an answer is not text, or its start is not a whole number")
         json.dumps(articles, ensure_ascii=False).encode("utf-8")  # half a surrogate pair cannot be written
     except UnicodeError as error:
         raise Refused(f"{path} is not UTF-8: {error}") from error

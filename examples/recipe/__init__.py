@@ -92,7 +92,7 @@ class Recipe:
         parser.add_argument("--data", type=Path, help="folder with the data")
         parser.add_argument("--dry-run", action="store_true", help="print the commands and change nothing")
         parser.add_argument(
-            "options", nargs="*", metavar="OPTION=VALUE", help="another setting than the YAML's"
+            "options", nargs="*", metavar="OPTION=VALUE", help="setting that replaces the YAML file's"
         )
         args = parser.parse_intermixed_args(words)
         self.data, self.source, self.options = args.data, args.data, {}
@@ -105,7 +105,7 @@ class Recipe:
                     if os.path.exists(path):
                         value = path
                     elif option.endswith("path"):
-                        raise Refused(f"{option} is {value}, which is not there")
+                        raise Refused(f"{option} is {value}, which does not exist")
                 self.options[option] = value
             elif option in self.config:
                 self.config[option] = own_value(option, value, self.defaults[option])
@@ -182,7 +182,7 @@ class Recipe:
             except (*BROKEN, zipfile.BadZipFile) as error:
                 broken = error
             if broken:
-                raise Refused(f"{url} gave no whole archive: {broken}")
+                raise Refused(f"{url} is not a whole archive: {broken}")
 
         self.work.step(name, {"url": url}, {}, check, [words])
 
@@ -222,7 +222,7 @@ class Recipe:
         architectures = self.defaults["architectures"]
         known = [pattern for pattern in architectures if fnmatch.fnmatchcase(model, pattern)]
         if not known:
-            raise Refused(f"models has {model}, but must be of {', '.join(architectures)}")
+            raise Refused(f"models has {model}, but must have only {', '.join(architectures)}")
         values = architectures[model if model in architectures else known[0]] or {}
         tree = OmegaConf.create({k: v for k, v in self.defaults.items() if isinstance(v, dict)})
         del tree["architectures"]
@@ -265,7 +265,7 @@ class Recipe:
         folder, last = work.folder / run.folder, f"{run.folder}/checkpoint_last.pt"
         begun = work.steps.get(step)
         if begun is None and folder.exists() and any(folder.iterdir()):
-            raise Refused(f"{folder} is there and not the recipe's: give another run=NAME")
+            raise Refused(f"{folder} exists, but is not this recipe's: give another run=NAME")
         if begun is not None and run.name in work.runs():
             if (begun["settings"], begun["inputs"]) != (entry["settings"], entry["inputs"]):
                 raise Refused(
@@ -275,7 +275,7 @@ class Recipe:
             if begun["outputs"]:
                 if work.hash(last) != begun["outputs"][last]:
                     raise Refused(
-                        f"{folder} was trained, but checkpoint_last.pt is another now: remove the folder"
+                        f"{folder} was trained, but checkpoint_last.pt was changed since: remove the folder"
                     )
                 say(f"== {step}: done before")
                 return
@@ -307,7 +307,7 @@ class Recipe:
         """Return the hash of a run's checkpoint, by its path."""
         path = f"{run.folder}/{name}"
         if not self.work.dry and not (self.work.folder / path).is_file():
-            raise Refused(f"{self.work.folder / path} is not there: remove the run's folder to train again")
+            raise Refused(f"{self.work.folder / path} does not exist: remove the run's folder to train again")
         return {path: self.work.hash(path)}
 
     def log(self, run: Run, name: str = "train.log") -> str:

@@ -38,9 +38,9 @@ def read_option(word: str) -> Tuple[str, Any]:
     try:
         read = OmegaConf.to_container(OmegaConf.create(f"value: {value}"))
     except Exception as error:
-        raise Refused(f"{option} is {value!r}, which is no value of a YAML file") from error
+        raise Refused(f"{option} is {value!r}, which is not a YAML value") from error
     if set(read) != {"value"} or read["value"] == "???":  # which is OmegaConf's sign of no value
-        raise Refused(f"{option} is {value!r}, which is no value of a YAML file")
+        raise Refused(f"{option} is {value!r}, which is not a YAML value")
     return option, read["value"]
 
 

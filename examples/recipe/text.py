@@ -63,7 +63,7 @@ def check_label(line: Line, kind: str, value: str) -> None:
     if re.search(r"\s", value):
         raise line.refuse(f"the {kind} {value!r} has a blank in it")
     if value in ("<s>", "<pad>", "</s>", "<unk>"):
-        raise line.refuse(f"the {kind} {value} is a symbol of fairseq's own")
+        raise line.refuse(f"the {kind} {value} is one of fairseq's symbols")
 
 
 def numbered(numbers: Sequence[int]) -> str:

@@ -200,7 +200,7 @@ class Work:
             say(f"== {name}: done before")
             return
         if self.finished:
-            raise Refused(f"{name} was not made of what is in {self.folder} now: run the recipe for it again")
+            raise Refused(f"{name} was made from other files than those in {self.folder}: run its recipe again")
         say(f"== {name}")
         part = self.folder / PART
         log = part / log_name(name)
@@ -229,7 +229,7 @@ class Work:
         }
         for file in made:
             if file not in owned and os.path.lexists(self.folder / file):
-                raise Refused(f"{self.folder / file} is there and not the recipe's: move it away")
+                raise Refused(f"{self.folder / file} exists, but is not this recipe's: move it away")
         for file, value in (entry or {"outputs": {}})["outputs"].items():
             if file not in outputs and self.hash(file) == value:
                 (self.folder / file).unlink()

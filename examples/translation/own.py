@@ -64,7 +64,7 @@ class Own(Translation):
                     both = [path for x in both for path in (x, Path(f"{x}.gz")) if path.is_file()]
                     sides = {name(path).rpartition(".")[2]: path for path in reversed(both)}
                     if len(sides) == 1:
-                        raise Refused(f"{both[0]} is there, but not the same in the other language")
+                        raise Refused(f"{both[0]} exists, but not in the other language")
                     paths = paths or [sides[language] for language in self.languages if sides]
             found.update({f"{split}.{x}": path for x, path in zip(self.languages, paths)})
         if "train." + self.languages[0] not in found:

@@ -84,7 +84,7 @@ class Translation(Recipe):
             without = [line for line in pair if not line.text.strip()]
             if without:
                 if split != "train" and not self.published:
-                    raise without[0].refuse(f"there is no text, but each sentence of {split} needs some")
+                    raise without[0].refuse(f"there is no text, but {split} must have no empty sentences")
                 empty.append(without[0])
                 if split != "test":
                     continue
@@ -388,6 +388,6 @@ class Translation(Recipe):
             ]
             sentences = [float(speed) for speed in re.findall(r"([\d.]+) sentences/s", text)]
             if not (words and sentences):
-                raise Refused(f"{run.name} ended before its speed was told: see the logs in {folder}")
+                raise Refused(f"{run.name} ended before it printed its speed: see the logs in {folder}")
             rows.append([f"{statistics.median(words):.1f}", f"{statistics.median(sentences):.2f}"])
         return rows

@@ -39,7 +39,7 @@ class CellConfig(FairseqDataclass):
     cell_activation: Activation = field(
         default="tanh",
         metadata={
-            "help": "activation g of lrn and olrn (tanh, as in the authors' models but those of translation)"
+            "help": "activation g of lrn and olrn (tanh, as in the authors' models except for translation)"
         },
     )
     dropout: float = field(default=0.1, metadata={"help": "dropout probability"})

@@ -17,7 +17,7 @@ class DeepNMTConfig(EncoderDecoderConfig):
 
     context_aware_encoder: bool = field(
         default=False,
-        metadata={"help": "first encoder layer: let the backward direction read the forward one's states"},
+        metadata={"help": "let the first encoder layer's backward direction read the forward one's states"},
     )
     attention: ChoiceEnum(["additive", "dot"]) = field(
         default="additive", metadata={"help": "how states and encoder outputs are compared"}

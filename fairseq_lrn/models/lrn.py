@@ -30,7 +30,7 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     )
     word_dropout: float = field(
         default=0.0,
-        metadata={"help": "probability of dropping a word's embedding, in place of its elements' dropout"},
+        metadata={"help": "probability of dropping a whole embedding; replaces dropout of its elements"},
     )
     attention_dropout: float = field(
         default=0.0, metadata={"help": "dropout probability for attention weights"}
@@ -63,7 +63,7 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
     )
     compile: bool = field(
         default=False,
-        metadata={"help": "train with torch.compile's form of each layer; checkpoints do not tell"},
+        metadata={"help": "compile each layer with torch.compile for training; checkpoints stay the same"},
     )
     min_params_to_wrap: int = field(
         default=DEFAULT_MIN_PARAMS_TO_WRAP,

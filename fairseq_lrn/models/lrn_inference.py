@@ -94,7 +94,7 @@ def split_pairs(tokens: Tensor, eos: int, padding_idx: int) -> Tensor:
     if not lengths.all():
         raise ValueError(
             f"row {int(lengths.argmin()) % len(tokens)} of src_tokens is one sentence, but must be two, each "
-            "ended by </s>: the task needs input0 and input1, and --max-positions that both fit in"
+            "ended by </s>: the task needs input0 and input1, and both must fit in --max-positions"
         )
     # a stable sort puts what is not of the sentence, False < True, last
     order = rows.logical_not().byte().argsort(dim=1, stable=True)[:, : int(lengths.max())]

@@ -282,7 +282,7 @@ def _check(
     """Raise unless ``input`` is (T, B, width), T > 0, and hx, if given, (D, B, S) of a state (D, S)."""
     check_sequences("input", input, width, parameter)
     if len(input) == 0:
-        raise ValueError("input must have a step at least, got none")
+        raise ValueError("input must have at least one step, got none")
     if hx is not None:
         check_like("hx", hx, parameter)
         shape = [state[0], input.size(1), state[1]]

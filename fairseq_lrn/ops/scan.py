@@ -138,7 +138,7 @@ def check_padding_mask(padding_mask: Tensor, batch: int, steps: int, x: Tensor) 
         )
     if padding_mask.device != x.device:
         raise ValueError(
-            f"padding_mask must be on {x.device} as what it masks, but is on {padding_mask.device}"
+            f"padding_mask must be on the input's device {x.device}, but is on {padding_mask.device}"
         )
 
 

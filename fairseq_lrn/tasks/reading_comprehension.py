@@ -30,7 +30,7 @@ class ReadingComprehensionConfig(FairseqDataclass):
         default=MISSING, metadata={"help": "folder made by examples/reading_comprehension/squad.py"}
     )
     max_word_length: int = field(
-        default=16, metadata={"help": "bytes read of each word; a trained model reads as many as before"}
+        default=16, metadata={"help": "bytes read of each word; a trained model keeps its number"}
     )
     max_answer_length: int = field(default=30, metadata={"help": "most tokens of a predicted answer"})
 

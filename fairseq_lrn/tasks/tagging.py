@@ -29,7 +29,7 @@ class TaggingConfig(FairseqDataclass):
         metadata={"help": "folder that fairseq-preprocess -s words -t tags --dataset-impl raw wrote"},
     )
     max_word_length: int = field(
-        default=20, metadata={"help": "bytes read of each word; a trained model reads as many as before"}
+        default=20, metadata={"help": "bytes read of each word; a trained model keeps its number"}
     )
 
 
@@ -269,7 +269,7 @@ def read_sentences(
         ids = [tag_dictionary.index(tag) for tag in tags]
         if min(ids) < tag_dictionary.nspecial:
             tag = tags[ids.index(min(ids))]
-            raise ValueError(f"{tags_path}, line {number}, has the tag {tag}, which dict.tags.txt has not")
+            raise ValueError(f"{tags_path}, line {number}, has the tag {tag}, which is not in dict.tags.txt")
         sentences.append(words)
         tag_ids.append(torch.tensor(ids))
     return sentences, tag_ids

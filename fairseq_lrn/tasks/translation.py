@@ -16,8 +16,8 @@ class LRNTranslationConfig(TranslationConfig):
     compute_type: ChoiceEnum(COMPUTE_TYPES) = field(  # type: ignore[valid-type]
         default="float32",
         metadata={
-            "help": "type of the products with weights when a model lrn translates on the CPU; bfloat16 and "
-            "int8 are faster and change some translations; models are trained and kept in their own type"
+            "help": "type of the products with weights when an lrn model translates on the CPU; bfloat16 and "
+            "int8 are faster but change some translations; it affects neither training nor checkpoints"
         },
     )
 

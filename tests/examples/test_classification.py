@@ -71,13 +71,13 @@ LONG = "cannot read all of test: 1 of 1 have more than 512 tokens, which task.ma
 @pytest.mark.parametrize(
     "name, text, where, words",
     [
-        ("dev", "1 good\n1\n", "dev.txt, line 2", "the label 1 is without text"),
-        ("dev", "1 good\n1 \u00a0\n", "dev.txt, line 2", "the label 1 is without text"),
+        ("dev", "1 good\n1\n", "dev.txt, line 2", "the label 1 has no text"),
+        ("dev", "1 good\n1 \u00a0\n", "dev.txt, line 2", "the label 1 has no text"),
         ("dev", "1\tgood\n", "dev.txt, line 1", "the label '1\\tgood' has a blank in it"),
         ("dev", "1\u00a0very good\n", "dev.txt, line 1", "has a blank in it"),
         ("dev", "1\u2028very good\n", "dev.txt, line 1", "the label '1\\u2028very' has a blank in it"),
-        ("train", "1 good\n</s> bad\n", "train.txt, line 2", "the label </s> is a symbol of fairseq's own"),
-        ("train", "<unk> good\n", "train.txt, line 1", "the label <unk> is a symbol of fairseq's own"),
+        ("train", "1 good\n</s> bad\n", "train.txt, line 2", "the label </s> is one of fairseq's symbols"),
+        ("train", "<unk> good\n", "train.txt, line 1", "the label <unk> is one of fairseq's symbols"),
         ("dev", " good\n", "dev.txt, line 1", "there is no label"),
         ("test", "\n2 good\n", "test.txt, line 2", "the label 2 is not in the training set, which has 0, 1"),
         ("test", "\n\n", "", "there is no text for test"),
@@ -132,7 +132,7 @@ def test_documents(run, start, tmp_path):
     [
         ({"test": '"1","a","b"\n\n"2","c"\n'}, "test.csv, line 3: there are 2 columns, but must be 3"),
         ({"test": '"1","a\n\nb","c","d"\n'}, "test.csv, line 1: there are 4 columns, but must be 3"),
-        ({"test": '"1","a","b"\n"1","",""\n'}, "test.csv, line 2: the label 1 is without text"),
+        ({"test": '"1","a","b"\n"1","",""\n'}, "test.csv, line 2: the label 1 has no text"),
         (
             {"test": '"3","a","b"\n'},
             "test.csv, line 1: the label 3 is not in the training set, which has 1, 2",
@@ -141,7 +141,7 @@ def test_documents(run, start, tmp_path):
         ({"test": '"1","a","b"\n"1","a","b\n"1","a","b"\n'}, "test.csv, line 2: "),
         (
             {"train": '"1","a","b"\n' * 99},
-            "train.csv has 99 documents, but must have 100: each 100th validates",
+            "train.csv has 99 documents, but needs 100: each 100th validates",
         ),
     ],
 )

@@ -79,7 +79,7 @@ def row(*columns):
     [
         (row("1", "A", "B", "3.0"), "line 2: there are 4 columns, but must be 5"),
         (row("1", "A", "B", "3.0", "NEUTRAL", ""), "line 2: there are 6 columns, but must be 5"),
-        (row("1", "A", " ", "3.0", "NEUTRAL"), "line 2: the label NEUTRAL is without text"),
+        (row("1", "A", " ", "3.0", "NEUTRAL"), "line 2: the label NEUTRAL has no text"),
         (row("1", "A", "B", "3.0", "NEU TRAL"), "line 2: the label 'NEU TRAL' has a blank in it"),
         (
             row("1", "A", "B", "3.0", "OTHER"),

@@ -138,8 +138,8 @@ def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
         ("min_count=many", "min_count is 'many', but must be a whole number"),
         ("min_count=-1", "min_count is -1, but must not be negative"),
         ("model.dropout=much", "model.dropout is 'much': "),
-        ("min_count=???", "min_count is '???', which is no value of a YAML file"),
-        ("model.dropout=???", "model.dropout is '???', which is no value of a YAML file"),
+        ("min_count=???", "min_count is '???', which is not a YAML value"),
+        ("model.dropout=???", "model.dropout is '???', which is not a YAML value"),
         ("model.dropout=${no}", "the settings of lrn refer to nothing: "),
         ("task._name=[a]", "task._name is ['a'], which fairseq does not know"),
         ("models=", "models is empty, but must have at least one architecture"),
@@ -150,14 +150,14 @@ def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
             "run is 'a:b', but must be the name of a folder that has no colon and begins with no dot",
         ),
         ("checkpoint.no_save=true", "checkpoint.no_save is set by the recipe: the checkpoints are evaluated"),
-        ("models=rnn", "models has rnn, but must be of lrn, olrn, lstm, gru, atr, sru"),
+        ("models=rnn", "models has rnn, but must have only lrn, olrn, lstm, gru, atr, sru"),
         ("model.cell=gru", "model.cell is set by the recipe: give models=NAME"),
         ("task.data=bin", "task.data is set by the recipe: give --data"),
         ("checkpoint.save_dir=x", "checkpoint.save_dir is set by the recipe: give --work and run=NAME"),
-        ("model.encoder_embed_path=glove.txt", "model.encoder_embed_path is glove.txt, which is not there"),
+        ("model.encoder_embed_path=glove.txt", "model.encoder_embed_path is glove.txt, which does not exist"),
         ("run=../x", "run is '../x', but must be the name of a folder"),
         ("dropout", "the argument 'dropout' must be OPTION=VALUE"),
-        ("model.dropout=[0.1", "model.dropout is '[0.1', which is no value of a YAML file"),
+        ("model.dropout=[0.1", "model.dropout is '[0.1', which is not a YAML value"),
     ],
 )
 def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words):
@@ -171,7 +171,7 @@ def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words)
         (lambda text: text.replace("models: [", "models: [["), "sst2.yaml, line "),
         (lambda text: text.replace("dropout: 0.5", "dropout: ???"), "model.dropout has no value"),
         (lambda text: text.replace("dropout: 0.5", "dropout: ${no}"), "settings of lrn refer to nothing: "),
-        (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must be of lrn, "),
+        (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must have only lrn, "),
         (lambda text: b"\xff", "sst2.yaml: 'utf-8' codec can't decode"),
         (lambda text: "- lrn", "sst2.yaml has no settings"),
     ],
@@ -250,7 +250,7 @@ def test_what_a_user_puts_into_the_work_folder_stays(fresh):
     fresh.refused("run=download")
     (work / "runs/compare/checkpoint_last.pt").unlink()
     (work / "runs/compare/checkpoint_best.pt").unlink()
-    assert "runs/raw is there and not the recipe's: give another run=NAME" in fresh.refused("run=raw")
+    assert "runs/raw exists, but is not this recipe's: give another run=NAME" in fresh.refused("run=raw")
     write(work / "runs/download", "mine")
     assert "Not a directory" in fresh.refused("run=download")
     (work / "text/valid.label").unlink()
@@ -263,7 +263,7 @@ def test_a_file_in_the_way_is_not_overwritten(fresh):
     fresh.refused("models=lrn", "task.max_positions=2")
     work = fresh.cwd / "sst2"
     write(work / "runs/lrn/accuracy.json", "mine")
-    assert "runs/lrn is there and not the recipe's" in fresh.refused()
+    assert "runs/lrn exists, but is not this recipe's" in fresh.refused()
     shutil.rmtree(work / "runs")
     fresh()
     os.remove(work / "runs/lrn/accuracy.json")
@@ -271,7 +271,7 @@ def test_a_file_in_the_way_is_not_overwritten(fresh):
     del manifest["steps"]["runs/lrn/accuracy"]
     write(work / "recipe.json", json.dumps(manifest))
     write(work / "runs/lrn/accuracy.json", "mine")
-    assert " is there and not the recipe's: move it away" in fresh.refused()
+    assert " exists, but is not this recipe's: move it away" in fresh.refused()
     assert (work / "runs/lrn/accuracy.json").read_text() == "mine"
 
 
@@ -289,7 +289,7 @@ def test_lost_and_changed_results_are_made_again(fresh):
     (work / "runs/lrn/accuracy.json").unlink()
     assert "== runs/lrn/accuracy\n" in fresh()
     best.unlink()
-    assert "checkpoint_best.pt is not there: remove the run's folder to train again" in fresh.refused()
+    assert "checkpoint_best.pt does not exist: remove the run's folder to train again" in fresh.refused()
     shutil.rmtree(work / "runs/lrn")
     assert table(fresh())[1][:5] == table(first)[1][:5]
 

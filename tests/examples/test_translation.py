@@ -159,7 +159,7 @@ def test_side_by_side(recipe):
     assert recipe("--dry-run", *options).count("fairseq-generate") == 2
     assert "has no scores of lrn, best: train it first" in recipe.refused("compare=lrn")
     write(recipe.work / "runs/compare/best.de", "other translations")
-    message = "runs/compare/translate.best was not made of what is in "
+    message = "runs/compare/translate.best was made from other files than "
     assert message in recipe.refused(*options)
     assert "speed_updates must be a positive multiple of 4" in recipe.refused("speed_updates=6")
 
@@ -366,7 +366,7 @@ def test_fetched_text_is_the_same(start, published, tmp_path):
         assert path.read_bytes() == (tmp_path / "work/text" / path.name).read_bytes()
     write(tmp_path / "no.tgz", "<html>")
     message = recipe.refused(option.replace(urls[-1], f"file://{tmp_path}/no.tgz"))
-    assert "no.tgz gave no whole archive: Not a gzipped file" in message
+    assert "no.tgz is not a whole archive: Not a gzipped file" in message
 
 
 def test_fetched_multi30k_is_the_same(start, recipe, tmp_path):

@@ -72,7 +72,7 @@ def test_numbers_for_regression(tmp_path, wrong):
     found = load(tmp_path, num_classes=1, regression_target=True, no_shuffle=True)
     assert [found[i]["target"] for i in range(2)] == [[0.5], [-2.0]]
     (tmp_path / "label/valid.label").write_text(f"0.5\n{wrong}\n")
-    with pytest.raises(ValueError, match=f"valid.label, line 2, is '{wrong}', but must be as many finite"):
+    with pytest.raises(ValueError, match=f"valid.label, line 2, is '{wrong}', but must be . finite"):
         load(tmp_path, num_classes=1, regression_target=True)
 
 

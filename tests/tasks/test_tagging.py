@@ -132,9 +132,9 @@ def test_batches_hold_every_word_and_tag_once(data, text):
         ("a b\nc d\n", "O O\nO\n", r"words, line 2, has 2 words, but .*\.tags has 1 tags"),
         ("a b\n", "O O\nO\n", r"words, line 2, has 0 words, but .*\.tags has 1 tags"),
         ("a b\n\nc\n", "O O\n\nO\n", r"words, line 2, has no words"),
-        ("a b\n", "O S-ANIMAL\n", r"tags, line 1, has the tag S-ANIMAL, which dict.tags.txt has not"),
+        ("a b\n", "O S-ANIMAL\n", r"tags, line 1, has the tag S-ANIMAL, which is not in dict.tags.txt"),
         (b"a\xe4 b\n", "O O\n", r"words, line 1, is not in UTF-8: invalid continuation byte"),
-        ("a b\n", "O </s>\n", r"tags, line 1, has the tag </s>, which dict.tags.txt has not"),
+        ("a b\n", "O </s>\n", r"tags, line 1, has the tag </s>, which is not in dict.tags.txt"),
     ],
 )
 def test_bad_data_is_named_with_its_line(tmp_path, words, tags, message):
