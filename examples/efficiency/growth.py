@@ -127,8 +127,8 @@ def main() -> None:
     )
     parser.add_argument("--lengths", type=positive, nargs="+", default=[16, 64, 256, 1024, 4096])
     parser.add_argument("--widths", type=positive, nargs="+", default=[128, 256, 512, 1024])
-    parser.add_argument("--length", type=positive, default=64, help="sentence length while the width grows")
-    parser.add_argument("--width", type=positive, default=512 if CUDA else 128, help="width while length grows")
+    parser.add_argument("--length", type=positive, default=64, help="sentence length as width grows")
+    parser.add_argument("--width", type=positive, default=512 if CUDA else 128, help="width as length grows")
     parser.add_argument(
         "--tokens", type=positive, default=32768 if CUDA else 4096, help="target words a batch"
     )

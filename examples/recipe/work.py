@@ -200,7 +200,7 @@ class Work:
             say(f"== {name}: done before")
             return
         if self.finished:
-            raise Refused(f"{name} was made from other files than those in {self.folder}: run its recipe again")
+            raise Refused(f"{name} was made from other files than {self.folder} has: run its recipe again")
         say(f"== {name}")
         part = self.folder / PART
         log = part / log_name(name)

@@ -171,7 +171,7 @@ def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words)
         (lambda text: text.replace("models: [", "models: [["), "sst2.yaml, line "),
         (lambda text: text.replace("dropout: 0.5", "dropout: ???"), "model.dropout has no value"),
         (lambda text: text.replace("dropout: 0.5", "dropout: ${no}"), "settings of lrn refer to nothing: "),
-        (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must have only lrn, "),
+        (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must have only "),
         (lambda text: b"\xff", "sst2.yaml: 'utf-8' codec can't decode"),
         (lambda text: "- lrn", "sst2.yaml has no settings"),
     ],

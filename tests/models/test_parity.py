@@ -114,7 +114,7 @@ EXCEPTIONS = {
     (LAYERS_TO_KEEP, "lstm"): ("has no such layers", "fairseq's `lstm` has no such options."),
     (ALIGNMENT, "lstm"): (
         "== 1",
-        "fairseq's `lstm` pads sources on the right, but its alignments are read as if it did so on the left.",
+        "fairseq's `lstm` pads sources on the right, but reads alignments as if on the left.",
     ),
 }
 

@@ -32,7 +32,7 @@ def load(folder, load_dataset=SentencePredictionTask.load_dataset, **options):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ("good\nugly\n", "label/valid, line 2, has a label that .* has not: the training set has bad, good"),
+        ("good\nugly\n", "label/valid, line 2, has a label that is not in .*: the training set has bad, good"),
         ("good\n\n", "label/valid, line 2, has 0 labels, but must have 1"),
         ("good\ngood bad\n", "label/valid, line 2, has 2 labels, but must have 1"),
         ("good\n", "of lines .*input0/valid has 2, .*label/valid has 1"),
