@@ -1,6 +1,6 @@
-"""What the README's two commands share: a virtual environment, and steps that show and explain themselves.
+"""Shared by the README's two commands: a virtual environment, and steps that print what they do.
 
-Needs nothing but Python's standard library.
+It needs only Python's standard library.
 """
 
 import argparse
@@ -33,10 +33,10 @@ class Failed(Exception):
 
 
 def run(command: Sequence[object], log: Path, show: str = ".+") -> None:
-    """Run ``command`` in the environment; put its output in ``log`` and what matches ``show`` on the screen.
+    """Run ``command`` in the environment. Write its output to ``log`` and print lines that match ``show``.
 
-    Raises :class:`Failed`, with the last lines of output, where the command cannot be started or exits with
-    another status than 0.
+    Raises :class:`Failed`, with the last lines of output, if the command cannot start or does not exit with
+    0.
     """
     words = [str(word) for word in command]
     print("$", shlex.join(words), flush=True)
@@ -67,7 +67,7 @@ def run(command: Sequence[object], log: Path, show: str = ".+") -> None:
 
 
 def attempt(title: str, work: Callable[[], None]) -> None:
-    """Call ``work``; exit with a message that names the step ``title`` and the reason where it fails."""
+    """Call ``work``. If it fails, exit with a message that names the step ``title`` and the reason."""
     print(f"\n== {title}", flush=True)
     started = time.monotonic()
     try:
@@ -96,10 +96,10 @@ def step(
     work: Callable[[], None],
     resumes: bool = False,
 ) -> None:
-    """Have ``work`` fill the folder ``result``, unless it is complete and made of the same ``inputs``.
+    """Let ``work`` fill the folder ``result``, unless it is complete and was made from the same ``inputs``.
 
-    What an unfinished ``work`` left is removed first, except where it ``resumes`` and the inputs are the
-    same. Exits as :func:`attempt` does.
+    Files of an unfinished ``work`` are removed first, unless it ``resumes`` and the inputs are the same.
+    Exits as :func:`attempt` does.
     """
     key, begun, done = digest(inputs), result / ".begun", result / ".done"
     if done.exists() and done.read_text() == key:
@@ -119,7 +119,7 @@ def step(
 
 @contextmanager
 def alone(name: str) -> Iterator[None]:
-    """Wait until no other process is in this block; exit where ``LOGS`` cannot be written."""
+    """Wait until no other process is in this block. Exit if ``LOGS`` cannot be written."""
     path = LOGS / f"{name}.lock"
     try:
         LOGS.mkdir(parents=True, exist_ok=True)
@@ -136,10 +136,10 @@ def alone(name: str) -> Iterator[None]:
 
 
 def enter(parser: argparse.ArgumentParser, words: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Return the arguments in ``words``, or else the script's, inside the environment.
+    """Return the arguments in ``words``, or the script's, inside the environment.
 
-    Where the script runs outside, it is run again. The environment is completed where it is not what this
-    tree needs. A ``.venv`` of the user's own is added to, not replaced.
+    If the script runs outside, it runs again inside. An environment that this tree does not match is
+    completed. A ``.venv`` of the user is extended, not replaced.
     """
     arguments = parser.parse_intermixed_args(words)
     if sys.version_info < (3, 11):
@@ -156,7 +156,7 @@ def enter(parser: argparse.ArgumentParser, words: Optional[Sequence[str]] = None
 
 
 def complete(key: str) -> bool:
-    """Whether the environment is there, made for this folder from what ``key`` stands for."""
+    """Whether the environment exists and was made for this folder and ``key``."""
     made = STAMP.read_text().split("\n") if STAMP.exists() else []
     return made == [str(ROOT), key] and PYTHON.exists() and any(PACKAGE.glob("_C.*"))
 

@@ -13,8 +13,8 @@ __version__ = "0.1.0"
 class _Folders(list):
     """The package's ``__path__``, which registers models and tasks when fairseq finds ``--user-dir`` in it.
 
-    fairseq imports models and tasks of a package that it imports itself. A package that a program imported
-    before, it only looks up here, and says "has already been imported".
+    fairseq imports models and tasks of a package that it imports itself. If a program imported the package
+    before, fairseq only looks them up here and logs "has already been imported".
     """
 
     def __contains__(self, folder: object) -> bool:

@@ -8,7 +8,7 @@ from . import __version__
 
 
 def check() -> bool:
-    """Print what is compiled, and whether the recurrence agrees with its definition on each device."""
+    """Print the compiled operators, and whether the recurrence agrees with its definition on each device."""
     import torch
 
     from . import ops

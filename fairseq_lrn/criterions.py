@@ -22,11 +22,11 @@ from .modules.loss import linear_cross_entropy
     "chunked_label_smoothed_cross_entropy", dataclass=LabelSmoothedCrossEntropyCriterionConfig
 )
 class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
-    """``label_smoothed_cross_entropy`` in less memory: scores are made of a few words at a time.
+    """``label_smoothed_cross_entropy`` in less memory: it computes the scores of a few words at a time.
 
-    That is with ``lrn`` and ``deepnmt`` in float32 and bfloat16. All else is fairseq's own: other models,
-    float16, autocast, FSDP, an output projection that is no plain ``nn.Linear``, ``--report-accuracy`` and
-    ``--ignore-prefix-size``.
+    This is for ``lrn`` and ``deepnmt`` in float32 and bfloat16. Other cases use fairseq's criterion: other
+    models, float16, autocast, FSDP, an output projection that is not a plain ``nn.Linear``,
+    ``--report-accuracy`` and ``--ignore-prefix-size``.
     """
 
     def forward(
@@ -52,7 +52,7 @@ class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
 
     @staticmethod
     def weight(model: nn.Module) -> Optional[Tensor]:
-        """Return the weight of a plain output projection, or None where there is another."""
+        """Return the weight of a plain output projection, or None if the projection is another module."""
         decoder: Any = getattr(model, "decoder", None)
         known = type(decoder) in (LRNDecoder, DeepNMTDecoder) and is_plain(decoder, type(decoder))
         if not known or isinstance(model, FullyShardedDataParallel):

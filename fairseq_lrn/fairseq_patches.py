@@ -1,8 +1,8 @@
 """All that this package changes in fairseq, PyTorch and NumPy.
 
 Importing this file changes nothing. ``fairseq_lrn.models`` and ``fairseq_lrn.tasks`` call :func:`apply`. It
-changes what :data:`PATCHES` lists, each only where its fault is there. What is replaced stays as
-``__wrapped__``. tests/test_fairseq_patches.py shows each fault upstream, and fails once one is gone.
+applies each of :data:`PATCHES` whose fault is present. A replaced function stays as ``__wrapped__``.
+tests/test_fairseq_patches.py shows each fault upstream, and fails once one is gone.
 """
 
 import argparse
@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @functools.lru_cache(maxsize=None)  # once
 def apply() -> None:
-    """Mend the faults of :data:`PATCHES` that are there."""
+    """Fix the faults of :data:`PATCHES` that are present."""
     for fault, mend in PATCHES:
         if fault():
             mend()
@@ -48,7 +48,7 @@ def replace(owner: Any, name: str, new: Callable) -> None:
 
 
 def drops_sentences() -> bool:
-    """Whether fairseq makes no batch of the third sentence where batches are to hold two."""
+    """Whether fairseq drops the third of three sentences when batches must hold two."""
     ones = np.ones(3, dtype=np.int64)
     batches = data_utils.batch_by_size(
         np.arange(3), None, ones, max_sentences=2, required_batch_size_multiple=2
@@ -97,7 +97,7 @@ def keep_sentences() -> None:
 
 
 def refuses_own_checkpoints() -> bool:
-    """Whether torch.load takes what fairseq saves for foreign."""
+    """Whether torch.load refuses what fairseq saves."""
     return argparse.Namespace not in torch.serialization.get_safe_globals()
 
 
@@ -135,7 +135,7 @@ def loads_without_a_name() -> bool:
 
 
 def name_bad_checkpoints() -> None:
-    """What is no checkpoint of fairseq's is refused, in one sentence that names it, and runs no code.
+    """A file that is not a fairseq checkpoint is refused, in one sentence that names it, and runs no code.
 
     Why: PyTorch's message has no name, and fairseq may ask PyTorch to run code: before 2.6 by default, since
     https://github.com/facebookresearch/fairseq/pull/5611 everywhere.
@@ -158,7 +158,7 @@ def name_bad_checkpoints() -> None:
 
 @contextmanager
 def weights_only() -> Iterator[None]:
-    """Make torch.load run no code, whatever it is called with, unless its user has asked for that."""
+    """Make torch.load run no code, whatever its arguments, unless the user asked for that."""
     name = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
     if name in os.environ or "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD" in os.environ:
         yield
@@ -171,7 +171,7 @@ def weights_only() -> Iterator[None]:
 
 
 def find_problem(path: str) -> Optional[str]:
-    """Say why ``path`` is no checkpoint of fairseq's; None if it is one, or is no file."""
+    """Say why ``path`` is not a fairseq checkpoint; None if it is one, or if there is no file."""
     if not os.path.isfile(path):
         return None
     try:
@@ -200,7 +200,7 @@ def send_any_object() -> None:
 
     Why: the first sends the others its configuration, an OmegaConf object, by torch.save and torch.load.
     PyTorch 2.6 refuses it: https://github.com/facebookresearch/fairseq/issues/5610.
-    Until: fairseq says weights_only=False there, as it may: what comes is its own.
+    Until: fairseq passes weights_only=False there, which is safe: the data are fairseq's.
     """
 
     def _broadcast_object_slow(obj: Any, src_rank: int, group: Any, dist_device: torch.device) -> Any:
@@ -212,7 +212,7 @@ def send_any_object() -> None:
 
 
 def appends_to_failed_saves() -> bool:
-    """Whether fairseq tries again to save behind what a failed attempt has written."""
+    """Whether fairseq, after a failed attempt to save, appends to what it wrote."""
     return "seek" not in inspect.getsource(checkpoint_utils._torch_persistent_save)
 
 
@@ -221,7 +221,7 @@ def save_from_the_beginning() -> None:
 
     Why: after torch.save has failed, fairseq calls it again on the same file. Two in one file cannot be read:
     https://github.com/pytorch/pytorch/issues/61923.
-    Until: fairseq begins the file anew.
+    Until: fairseq writes the file from the beginning.
     """
 
     def _torch_persistent_save(obj: Any, file: BinaryIO) -> None:
@@ -246,8 +246,8 @@ def copies_in_place() -> bool:
 def replace_whole() -> None:
     """A training that is killed leaves ``checkpoint_best.pt`` and ``checkpoint_last.pt`` whole.
 
-    Why: fairseq copies over them in place. A signal or a full disk then leaves a part of a file, from which
-    nothing resumes: https://github.com/facebookresearch/fairseq/issues/2684.
+    Why: fairseq copies over them in place. After a signal or on a full disk only part of a file is left, and
+    nothing resumes from it: https://github.com/facebookresearch/fairseq/issues/2684.
     Until: fairseq copies to another name and renames.
     """
     original = PathManager.copy
@@ -266,15 +266,15 @@ def replace_whole() -> None:
 
 
 def reads_any_label() -> bool:
-    """Whether fairseq's task sentence_prediction loads labels without a look for unknown ones."""
+    """Whether fairseq's task sentence_prediction loads labels without checking for unknown ones."""
     return "unk" not in inspect.getsource(SentencePredictionTask.load_dataset)
 
 
 def check_labels() -> None:
     """fairseq's task sentence_prediction names a wrong label, with its file and line, before it trains.
 
-    Why: it finds one in the middle of training, as "Target -1 is out of bounds", which names neither.
-    Until: fairseq checks labels as it loads them.
+    Why: it fails in the middle of training with "Target -1 is out of bounds", which names neither.
+    Until: fairseq checks labels when it loads them.
     """
     original = SentencePredictionTask.load_dataset
 
@@ -282,11 +282,11 @@ def check_labels() -> None:
     def load_dataset(
         self: SentencePredictionTask, split: str, combine: bool = False, **kwargs: Any
     ) -> FairseqDataset:
-        """As fairseq's, of a split whose labels are right; it may have none.
+        """As fairseq's, but check the labels of the split; it may have none.
 
         Raises:
-            ValueError: a token to add is not in the dictionary; there are not as many labels as inputs; a
-                line's label is missing, unknown, not alone, beyond ``--num-classes`` or, for regression,
+            ValueError: a token to add is not in the dictionary; the numbers of labels and inputs differ; a
+                line has no label or several; a label is unknown, beyond ``--num-classes`` or, for regression,
                 not finite
         """
         cfg, words = self.cfg, self.source_dictionary
@@ -322,7 +322,7 @@ def check_labels() -> None:
 
 
 def check_classes(labels: Any, path: str, task: SentencePredictionTask) -> None:
-    """Raise ValueError unless each line of ``path``, read to ``labels``, has one known label."""
+    """Raise ValueError unless each line of ``path``, which ``labels`` holds, has one known label."""
     words, classes = task.label_dictionary, task.cfg.num_classes
     # <mask> is fairseq's, and fairseq-preprocess rounds the number of words up
     known = [
@@ -377,7 +377,7 @@ def lacks_numpy_compat() -> bool:
 def give_numpy_compat() -> None:
     """fairseq's language models read their data with NumPy 2.
 
-    Why: TokenBlockDataset and LanguagePairDataset read ``np.compat.long``, which NumPy 2.0 has no more:
+    Why: TokenBlockDataset and LanguagePairDataset read ``np.compat.long``, which NumPy 2.0 removed:
     https://github.com/numpy/numpy/pull/28961.
     Until: fairseq writes ``int``.
     """

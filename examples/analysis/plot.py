@@ -22,19 +22,19 @@ MOST_TOKENS = 100  # a picture grows with the square of their number
 
 
 def unroll(projections: Tensor, states: Tensor) -> Tuple[Tensor, Tensor, Tensor]:
-    """Unroll the recurrence of one sentence: what each state still holds of each value.
+    """Unroll the recurrence of one sentence: the weight of each value in each state.
 
-    With c = i * v + f * h and h' = s * c (s = 1 for g = identity, tanh(c) / c for g = tanh, times the output
-    gate in oLRN), h_t is the sum over k <= t of i_k * s_k * (the product over k < l <= t of f_l * s_l) * v_k:
-    the paper's view of LRN as attention, with g = identity, and as exact with any other.
+    Let c = i * v + f * h and h' = s * c. s is 1 for g = identity and tanh(c) / c for g = tanh, times the
+    output gate in oLRN. Then h_t is the sum over k <= t of i_k * s_k * (the product over k < l <= t of f_l *
+    s_l) * v_k. With g = identity this is the paper's view of LRN as attention. It is exact with any g.
 
     Args:
         projections: (T, 3·D), q | k | v, or (T, 4·D) with an output gate
-        states: (T, D), what the recurrence made of them from a zero state
+        states: (T, D), the recurrence's states from a zero state
 
     Returns:
-        input gates (T, D), forget gates (T, D), weights (T, T, D) of the value at step k (second axis) in the
-        state at step t (first axis), zero for k > t
+        input gates (T, D), forget gates (T, D), and weights (T, T, D). The weight at [t, k] is that of the
+        value at step k in the state at step t, zero for k > t.
     """
     steps, size = states.shape
     q, k, v = projections.split(size, 1)[:3]
@@ -56,8 +56,8 @@ def look(
     """Translate ``sentence`` and look into layer ``layer`` of the model's encoder or decoder.
 
     Returns:
-        source tokens (S), target tokens (T), attention (T, S), and what :func:`unroll` says of the recurrence
-        that runs forward over the tokens of ``side``
+        source tokens (S), target tokens (T), attention (T, S), and the results of :func:`unroll` for the
+        forward recurrence over the tokens of ``side``
 
     Raises:
         ValueError: the recurrence is neither LRN nor oLRN, there is no such layer, or too many tokens

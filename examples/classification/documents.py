@@ -29,7 +29,7 @@ class Documents(Sentences):
         return {"corpus": self.config["corpus"]}
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Yield rows of label and text, of which every hundredth of the training file is for validation."""
+        """Yield rows of label and text. Every hundredth row of the training file is for validation."""
         count = 0
         for count, row in enumerate(self.documents("test.csv" if split == "test" else "train.csv"), 1):
             if split == "test" or (count % 100 == 0) == (split == "valid"):

@@ -1,4 +1,4 @@
-"""What the recipes of labelled sentences share: words → binary data → a model of each unit → accuracy."""
+"""Shared by the recipes of labelled sentences: words → binary data → a model of each unit → accuracy."""
 
 import re
 import sys
@@ -36,12 +36,13 @@ class Row(NamedTuple):
 
 
 def words(text: str) -> str:
-    """Split a text, in lower case, to words; a sign that is no letter, digit or inner apostrophe is one."""
+    """Split a text, in lower case, into words; a sign other than letters, digits and inner apostrophes is
+    one."""
     return " ".join(re.findall(r"\w+(?:'\w+)*|[^\w\s]", text.lower()))
 
 
 def filled(found: Iterator[Line]) -> Iterator[Line]:
-    """Yield the lines that are not empty, and say which are."""
+    """Yield the lines that are not empty, and print which are."""
     empty = []
     for line in found:
         if line.text.strip():

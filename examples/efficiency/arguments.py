@@ -1,4 +1,4 @@
-"""Types of command-line arguments: what is wrong is said before anything is measured."""
+"""Types of command-line arguments: a fault is reported before anything is measured."""
 
 import argparse
 from pathlib import Path

@@ -1,7 +1,8 @@
 """Time an LRN layer beside its matrix product alone and other recurrent layers, float32 on the CPU.
 
-Every contender maps (T, B, D) to D features a step. In each repetition all of them run once, starting with a
-different one each time, so that a drift of the machine's speed meets all alike; reported are medians.
+Every contender maps (T, B, D) to D features a step. In each repetition every contender runs once. Each
+repetition starts with another one, so a drift of the machine's speed affects all alike. The tables have
+medians.
 """
 
 import argparse
@@ -99,7 +100,7 @@ def measure(shape: Tuple[int, int, int], repetitions: int) -> Dict[str, Dict[str
 
 
 def environment() -> Dict[str, str]:
-    """What the figures depend on."""
+    """The environment that the figures depend on."""
     cpu = platform.processor()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -4,9 +4,9 @@ operator  lrn_scan alone, beside the kernels of SRU, of flash-linear-attention's
 layer     one LRN layer, forward and backward, beside cuDNN's LSTM and GRU
 training  words a second of fairseq-train --fp16, beside fairseq's lstm and transformer
 
-Times are the medians of CUDA events around passes over several sets of inputs, together larger than the
-cache of the card; contenders take turns. A pass is one CUDA graph, but for kernels that cannot be captured.
-Without a card all runs once at tiny sizes on the CPU, which shows that the script works, and nothing else.
+Times are the medians of CUDA events around passes over several sets of inputs. Together the sets are larger
+than the card's cache. Contenders take turns. A pass is one CUDA graph, except for kernels that cannot be
+captured. Without a card all runs once at tiny sizes on the CPU, which only shows that the script works.
 """
 
 import argparse
@@ -37,7 +37,7 @@ Shape = Tuple[int, int, int]
 
 
 class Contender(NamedTuple):
-    """What is timed: ``call`` of each of the ``inputs``, and the bytes that one call must move."""
+    """The timed part: ``call`` of each of the ``inputs``, and the bytes that one call must move."""
 
     call: Callable[..., Any]
     inputs: List[Tuple[Any, ...]]
@@ -55,7 +55,7 @@ class Row(NamedTuple):
 
 
 def sets(bytes_of_one: int) -> int:
-    """How many sets of inputs keep a card's cache from holding what the next call reads."""
+    """How many sets of inputs are needed, so that the card's cache does not hold the next call's input."""
     if not CUDA:
         return 2
     return max(3, math.ceil(8 * torch.cuda.get_device_properties(0).L2_cache_size / bytes_of_one))
@@ -67,7 +67,7 @@ def random_tensors(count: int, *shapes: Tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def one_pass(contender: Contender) -> Callable[[], None]:
-    """A function that makes all the calls; results stay, so that no two calls write to the same memory."""
+    """A function that makes all the calls. Results stay, so no two calls write to the same memory."""
     results: List[Any] = [None] * len(contender.inputs)
 
     def run() -> None:
@@ -112,9 +112,9 @@ def measure(contenders: Dict[str, Contender], repetitions: int) -> Dict[str, flo
 
 
 def copy_contender(moved: int) -> Contender:
-    """An elementwise kernel that reads half as many bytes and writes the other half, as a copy does.
+    """An elementwise kernel that reads half the bytes and writes the other half, as a copy does.
 
-    It is no ``copy_``, which in a graph falls to the card's copy engine and is slower there.
+    It is not ``copy_``, which in a graph uses the card's copy engine and is slower.
     """
     tensors = random_tensors(sets(moved), (moved // 4,), (moved // 4,), dtype=torch.bfloat16)
     return Contender(lambda source, target: torch.neg(source, out=target), tensors, moved)
@@ -128,7 +128,8 @@ def scan_contenders(
     output_gate: bool = False,
     bidirectional: bool = False,
 ) -> Tuple[Contender, Contender]:
-    """The operator's forward and backward; bidirectional halves the state, so that as many lanes run."""
+    """The operator's forward and backward. Bidirectional halves the state, so the number of lanes is the
+    same."""
     steps, batch, size = shape
     parts = 4 if output_gate else 3
     element = steps * batch * size * dtype.itemsize
@@ -150,7 +151,7 @@ def scan_contenders(
 
 
 def sru_contenders(shape: Shape, dtype: torch.dtype) -> Tuple[Contender, Contender]:
-    """SRU's kernels for one layer; they launch on the default stream, which no graph captures."""
+    """SRU's kernels for one layer. They launch on the default stream, which graphs do not capture."""
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # it warns where it cannot compile for CUDA
         from sru.cuda_functional import elementwise_recurrence_forward
@@ -362,7 +363,7 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
 
 
 def command(*words: Any) -> str:
-    """Run one of fairseq's commands and return what it prints; exit with its last lines where it fails."""
+    """Run one of fairseq's commands and return its output. If it fails, exit with the last lines."""
     program = str(Path(sys.executable).parent / words[0])
     done = subprocess.run(
         [program, *map(str, words[1:])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -373,7 +374,7 @@ def command(*words: Any) -> str:
 
 
 def card() -> Dict[str, str]:
-    """What the figures depend on besides the rest of the environment."""
+    """The card and its software, on which the figures also depend."""
     if not CUDA:
         return {"card": "none"}
     driver = subprocess.run(

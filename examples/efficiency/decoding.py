@@ -5,7 +5,7 @@
 WORK is what a recipe of examples/translation wrote. RUN is the name of a training in it, or RUN:TASK to
 translate with another task than `translation`. RUN:translator and RUN:ctranslate2 translate in process: an
 LRN with this package's translator, a Transformer with CTranslate2 if that is installed. RUN:...-int8 computes
-in int8. The runs take turns; each measurement is its own process.
+in int8. The runs take turns. Each measurement is a separate process.
 """
 
 import argparse
@@ -60,8 +60,8 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     """Translate the test set, or every eighth sentence one by one.
 
     Returns:
-        sentences (how many), their speed (sentences a second, without loading) and bleu, and memory (MiB, the
-        peak of the process)
+        sentences (their number), speed (sentences a second, without loading), bleu, and memory (MiB, the peak
+        of the process)
 
     Raises:
         SystemExit: something is missing, or fairseq-generate fails
@@ -116,7 +116,8 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
 
 
 def table(medians: Dict[Key, Dict[str, float]], threads: int, beam: int) -> str:
-    """Markdown: a row a run; BLEU, and for each batch size speed, its ratio to the first run's, memory."""
+    """Markdown: a row for each run, with BLEU, and speed, its ratio to the first run's and memory by batch
+    size."""
     keys = [key for key in medians if key[:2] == (threads, beam)]
     batch_sizes, runs = (list(dict.fromkeys(key[i] for key in keys)) for i in (2, 3))
     header = ["model", "BLEU"]
@@ -134,7 +135,7 @@ def table(medians: Dict[Key, Dict[str, float]], threads: int, beam: int) -> str:
 
 
 def plot(medians: Dict[Key, Dict[str, float]], path: Path) -> None:
-    """Draw BLEU against speed, with the first number of threads; a panel for each beam and batch size."""
+    """Draw BLEU against speed with the first number of threads, a panel for each beam and batch size."""
     logging.getLogger("matplotlib").setLevel(logging.WARNING)  # fairseq makes every logger tell all
     import matplotlib
 
@@ -164,16 +165,14 @@ def plot(medians: Dict[Key, Dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Read the command line, let each run translate in its turn, print the tables."""
+    """Read the command line, translate with the runs in turn, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("work", type=Path, metavar="WORK", help="folder that a translation recipe wrote")
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run in WORK, or RUN:TASK")
     parser.add_argument("--beam", type=positive, nargs="+", default=[5, 1])
     parser.add_argument("--batch-size", type=positive, nargs="+", default=[1, 128])
     parser.add_argument("--threads", type=positive, nargs="+", default=[1, 2])
-    parser.add_argument(
-        "--rounds", type=positive, default=3, help="turns of each run; tables show medians"
-    )
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each run; tables show medians")
     parser.add_argument("--json", type=output, help="file for every measurement")
     parser.add_argument("--plot", type=picture, help="file for a picture of BLEU against speed")
     args = parser.parse_args()

@@ -2,9 +2,9 @@
 
     python decoding_cuda.py [--beam 4 1] [--batch-size 1 128] [--dtype float32 float16] [--json FILE]
 
-All sentences have 25 words, and so have all translations. The contenders take turns; medians are shown. What
-fails is named and left out. CTranslate2 takes part in float16 if it is installed. Without a card all runs at
-tiny sizes on the CPU.
+All sentences and translations have 25 words. The contenders take turns, and the table has medians. A
+contender that fails is named and left out. CTranslate2 takes part in float16 if it is installed. Without a
+card all runs at tiny sizes on the CPU.
 """
 
 import argparse
@@ -45,7 +45,7 @@ DTYPES = ["float32", "float16", "bfloat16"]
 
 
 class Plain(BeamSearchGenerator):
-    """This package's, with kernels launched one by one."""
+    """This package's generator, with kernels launched one by one."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -71,7 +71,7 @@ def ready(name: str, dictionary: Dictionary, dtype: torch.dtype, **options: Any)
 
 
 def attempt(name: str, make: Callable[[], Any], failures: Dict[str, str]) -> Any:
-    """Return what ``make`` does, or None, having said why."""
+    """Return the result of ``make``, or None after printing why."""
     try:
         return make()
     except Exception as error:  # the other contenders' figures are wanted all the same
@@ -102,7 +102,7 @@ def measure(
     """Translate a batch by each contender in its turn.
 
     Returns:
-        of each contender ``seconds`` of a batch, the median, and ``first``, of the first batch
+        for each contender ``seconds``, the median time of a batch, and ``first``, that of the first batch
     """
     source = torch.randint(dictionary.nspecial, len(dictionary), (batch_size, WORDS + 1))
     source[:, -1] = dictionary.eos()

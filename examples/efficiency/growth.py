@@ -38,8 +38,8 @@ def measure(name: str, length: int, width: int, tokens: int, words: int, seconds
     """Train ``name`` on batches of ``tokens`` target words, in sentences of ``length``.
 
     Returns:
-        words_per_second, the median of the steps, and memory, MiB at the peak beyond what the process had;
-        None where a GPU has too little memory
+        words_per_second, the median of the steps, and memory, the peak in MiB beyond the process's at the
+        start; None if a GPU has too little memory
     """
     torch.manual_seed(0)
     device = torch.device("cuda" if CUDA else "cpu")
@@ -90,7 +90,7 @@ def measure(name: str, length: int, width: int, tokens: int, words: int, seconds
 
 
 def apart(*arguments: Any) -> Optional[Point]:
-    """:func:`measure`, on the CPU in a process of its own, whose peak of memory is its own."""
+    """:func:`measure`; on the CPU in a separate process, to get its peak of memory."""
     if CUDA:
         return measure(*arguments)
     with multiprocessing.get_context("fork").Pool(1) as pool:

@@ -3,8 +3,8 @@
     python in_process.py ENGINE DATA CHECKPOINT SOURCE TARGET [--beam 5] [--batch-size 128] [--every 1]
 
 ENGINE is `translator`, of this package, with an LRN, or `ctranslate2` with a Transformer. Sentences are
-sorted by length; each batch is one call. It prints what fairseq-generate prints of it: a line D for each
-sentence, and how many sentences it translated in a second, without loading.
+sorted by length; each batch is one call. It prints two things as fairseq-generate does: a line D for each
+sentence, and the sentences a second, without loading.
 """
 
 import argparse

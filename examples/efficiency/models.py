@@ -1,4 +1,4 @@
-"""What is measured: untrained models, and a Transformer in CTranslate2."""
+"""The measured models: untrained ones, and a Transformer in CTranslate2."""
 
 import argparse
 import tempfile
@@ -14,7 +14,7 @@ import fairseq_lrn.models  # noqa: F401  registers them
 
 
 def make_dictionary(size: int) -> Dictionary:
-    """Return a dictionary of ``size`` words, fairseq's own among them."""
+    """Return a dictionary of ``size`` words, including fairseq's symbols."""
     dictionary = Dictionary()
     for i in range(size - len(dictionary)):
         dictionary.add_symbol(str(i))
@@ -33,7 +33,7 @@ def peer(model: nn.Module, dictionary: Dictionary, compute_type: str, **options:
     """Return CTranslate2's translator with the weights of ``model``, fairseq's Transformer, in float32.
 
     Raises:
-        Exception: it, or a library that it needs, is missing
+        Exception: CTranslate2, or a library that it needs, is missing
     """
     import ctranslate2
     from ctranslate2.converters import fairseq as converter

@@ -1,6 +1,6 @@
 """Time the products with weights of each compute type beside PyTorch's, on one thread.
 
-A product maps (rows, in) to (rows, out). Printed are multiplications a second, in thousands of millions, by
+A product maps (rows, in) to (rows, out). The table has multiplications a second, in thousands of millions, by
 the processor's time and the median of the repetitions.
 """
 

@@ -1,8 +1,8 @@
-"""Rerun the speed columns of the paper's translation table: a model with each recurrent unit, here.
+"""Measure the speed columns of the paper's translation table: a model with each recurrent unit.
 
     python units.py [--scale paper] [--model lrn] [--json FILE] [--plot FILE.png]
 
-The units take turns. On the CPU each measurement is a process of its own, so that its peak of memory is too.
+The units take turns. On the CPU each measurement is a separate process, to get its peak of memory.
 """
 
 import argparse
@@ -44,11 +44,11 @@ SCALES = {
 
 
 def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[str, float]:
-    """Train and translate with random sentences, up to a sixth of them padding; translations are as long.
+    """Train and translate with random sentences, up to a sixth of them padding. Translations are as long.
 
     Returns:
-        parameters, train (seconds a batch, with the update), decode (milliseconds a sentence, beam 4, in one
-        batch) and memory (MiB at the peak of training, beyond what the process had at its start)
+        parameters; train, seconds a batch, with the update; decode, milliseconds a sentence, beam 4, in one
+        batch; memory, the peak of training in MiB, beyond the process's at the start
     """
     cuda = device == "cuda"
     if cuda:
@@ -112,7 +112,7 @@ def measure(cell: str, model: str, scale: Dict[str, int], device: str) -> Dict[s
 
 
 def table(results: Dict[str, Dict[str, float]]) -> str:
-    """Markdown: a row a unit; what was measured, its ratio to LRN's, and the paper's ratio."""
+    """Markdown: a row for each unit, with the measurements, their ratios to LRN's, and the paper's ratios."""
     lines = [
         "| unit | parameters | training s/batch | ÷ LRN | paper | decoding ms/sentence | ÷ LRN | paper "
         "| memory MiB |",
@@ -163,13 +163,11 @@ def sizes(text: str) -> Dict[str, int]:
 
 
 def main() -> None:
-    """Read the command line, measure each unit in its turn, print the table."""
+    """Read the command line, measure the units in turn, print the table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--scale", choices=SCALES, default="small", help="paper: for a GPU (default: small)")
     parser.add_argument("--model", choices=["deepnmt", "lrn"], default="deepnmt")
-    parser.add_argument(
-        "--rounds", type=positive, default=3, help="turns of each unit; tables show medians"
-    )
+    parser.add_argument("--rounds", type=positive, default=3, help="turns of each unit; tables show medians")
     parser.add_argument("--threads", type=positive, default=1)
     parser.add_argument("--json", type=output, help="file for every measurement")
     parser.add_argument("--plot", type=picture, help="file for a picture of the ratios")

@@ -1,4 +1,4 @@
-"""What SICK and SNLI share: pairs of sentences in a table with tabs."""
+"""Shared by SICK and SNLI: pairs of sentences in a table with tabs."""
 
 import sys
 from pathlib import Path
@@ -15,7 +15,7 @@ class Pairs(Sentences):
     Attributes:
         columns: names of the columns of label, first and second sentence
         files_of: the names of the files of train, valid and test
-        optional: the first of the last columns that a row may be without
+        optional: the first of the last columns that a row may omit
     """
 
     inputs = ("input0", "input1")
@@ -27,7 +27,7 @@ class Pairs(Sentences):
         return self.files_of
 
     def rows(self, split: str) -> Iterator[Row]:
-        """Yield the rows under a line of names, but for pairs on whose label there is no agreement."""
+        """Yield the rows below a line of names, except pairs without an agreed label."""
         header: Sequence[str] = ()
         for line in filled(lines(self.find(self.files_of[("train", "valid", "test").index(split)]))):
             row = line.text.split("\t")

@@ -1,15 +1,15 @@
-"""Perplexity of a text under a language model that goes on learning from it (Krause et al., ICML 2018).
+"""Perplexity of a text under a language model that learns from it (Krause et al., ICML 2018).
 
 python dynamic_eval.py DATA-BIN --user-dir PATH/fairseq_lrn --path CHECKPOINT --gen-subset test
 
-Each block of ``--tokens-per-sample`` words is scored first and then learnt from, by one step down the
-gradient g of its mean loss, while the weights w decay to the trained ones, w0::
+Each block of ``--tokens-per-sample`` words is scored first. Then the model makes one step down the gradient g
+of the block's mean loss, and its weights w decay to the trained ones, w0::
 
     sgd:  w += decay * (w0 - w) - learning_rate * g
     rms:  w += decay * r * (w0 - w) - learning_rate * g / (s + epsilon)
 
-where s is the root mean square of such gradients over the training text, which is read as ``--batch-size``
-streams for that, and r is s / mean(s), cut at 1 / decay. The text itself is one stream, its state carried.
+s is the root mean square of such gradients over the training text, which is read as ``--batch-size`` streams.
+r is s / mean(s), cut at 1 / decay. The text itself is one stream, and its state is carried.
 """
 
 import argparse
@@ -45,7 +45,7 @@ def gradients(model, batches, device) -> Iterator[Tuple[float, int, Tuple[Tensor
     """Yield each batch's summed loss, its number of words and the gradients of its mean loss.
 
     Raises:
-        FloatingPointError: a loss is no number, or too large for a perplexity
+        FloatingPointError: a loss is NaN, or too large for a perplexity
     """
     parameters = list(model.parameters())
     for number, sample in enumerate(batches, 1):
@@ -69,7 +69,7 @@ def root_mean_squares(model, batches, device) -> List[Tensor]:
 
 
 def evaluate(model, batches, device, learning_rate, decay, epsilon=None, roots=None) -> Tuple[float, int]:
-    """Score the batches in turn, learning from each, and return the summed loss and the number of words.
+    """Score the batches and learn from each. Return the summed loss and the number of words.
 
     Args:
         learning_rate, decay, epsilon: as in the formulas above
@@ -91,7 +91,7 @@ def evaluate(model, batches, device, learning_rate, decay, epsilon=None, roots=N
 
 
 def check(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """End the program where arguments are out of range, or have no meaning here."""
+    """End the program if arguments are out of range, or have no meaning here."""
     if args.task != "truncated_bptt_lm":
         parser.error(f"--task is {args.task}, but must be truncated_bptt_lm, which carries the state")
     if args.path is None:

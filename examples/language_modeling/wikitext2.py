@@ -29,7 +29,7 @@ class WikiText2(Recipe):
         return [f"{self.config['url']}/{split}.txt" for split in self.read()]
 
     def split(self) -> Dict[str, Iterator[Line]]:
-        """Return each split's lines; of the small text, see wikitext2.yaml."""
+        """Return each split's lines. wikitext2.yaml describes the small text."""
         found = dict(zip(self.read(), (lines(self.find(name)) for name in self.names())))
         if self.config["small"]:
             both = list(found["test"])

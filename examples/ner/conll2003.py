@@ -17,9 +17,9 @@ Word = Tuple[Line, str, str]  # where it is, word, tag
 
 
 def sentences(text: Iterable[Line], columns: Set[int]) -> Iterator[List[Word]]:
-    """Yield each sentence's words and tags, the first and the last column; -DOCSTART- is no sentence.
+    """Yield each sentence's words and tags, the first and the last column. -DOCSTART- is not a sentence.
 
-    Blanks and tabs are between columns; other white space in a word becomes "_", lest it end the word.
+    Blanks and tabs separate columns. Other white space in a word becomes "_", since it would end the word.
     ``columns`` gets the number of columns, which must be the same in all lines, and at least two.
     """
     sentence: List[Word] = []
@@ -57,9 +57,10 @@ def scheme(words: Iterable[Word]) -> str:
 
 
 def to_iobes(words: Sequence[Word], prefixes: str) -> List[str]:
-    """Turn a sentence's tags into IOBES: B, I and E begin, continue and end an entity, S is one of one word.
+    """Turn a sentence's tags into IOBES: B, I and E begin, continue and end an entity; S is an entity of one
+    word.
 
-    In IOB1 an entity begins with I, but with B where it follows another one of the same type. In BIOES and
+    In IOB1 an entity begins with I, but with B if it follows another one of the same type. In BIOES and
     BILOU an entity must end before another tag.
     """
     tags, result = [tag for _, _, tag in words], []

@@ -1,8 +1,8 @@
-"""An English-German corpus out of CLDR, the human translations that Babel ships: make_corpus.py FOLDER.
+"""An English-German corpus from CLDR, the human translations in Babel: make_corpus.py FOLDER.
 
-Both sides of a pair are the two locales' own wording of the same date, time, number, sum of money, quantity,
-time span, name or list of names. The training set has every name on its own; a held-out sentence is not in
-the training set, and recombines words, numbers and patterns that are.
+The sides of a pair are the two locales' wordings of one date, time, number, sum of money, quantity, time
+span, name or list of names. The training set has every name by itself. A held-out sentence is not in the
+training set, but its words, numbers and patterns are.
 """
 
 import random
@@ -20,13 +20,13 @@ SKELETONS = ("yMMMEd", "yMMMd", "yMMMM", "MMMEd", "MMMd", "GyMMMd", "yQQQQ", "MM
 
 
 def pair(render: Render) -> Pair:
-    """Return what ``render`` makes of the English and of the German locale, every space an ordinary one."""
+    """Return the results of ``render`` for the English and the German locale, with ordinary spaces."""
     english, german = (" ".join(render(locale).split()) for locale in LOCALES)
     return english, german
 
 
 def measure(value: float, unit: str, locale: Locale) -> str:
-    """Return the quantity with the unit's long name, or with its code where CLDR has no name."""
+    """Return the quantity with the unit's long name, or with its code if CLDR has no name."""
     return units.format_unit(value, unit, length="long", locale=locale)
 
 
@@ -48,7 +48,7 @@ CURRENCIES = sorted(
 
 
 def names() -> List[Pair]:
-    """Return every name on its own: of a territory, language, currency or unit."""
+    """Return every name by itself: of a territory, language, currency or unit."""
     return (
         [pair(lambda locale, k=kind, c=code: getattr(locale, k)[c]) for kind in NAMES for code in NAMES[kind]]
         + [pair(lambda locale, c=code: numbers.get_currency_name(c, locale=locale)) for code in CURRENCIES]
@@ -134,7 +134,7 @@ FORMS += (quantities, listing, listing, clock)
 
 
 def build(train: int = 24000, test: int = 1000, seed: int = 1) -> Dict[str, List[Pair]]:
-    """Return so many different (English, German) pairs, no English sentence twice; seed 1 is the recipe's."""
+    """Return different (English, German) pairs, no English sentence twice. The quickstart has seed 1."""
     rng = random.Random(seed)
     fixed = dict(names())
     drawn: Dict[str, str] = {}

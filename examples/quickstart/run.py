@@ -1,7 +1,7 @@
 """Train and try a small English-German translator, from nothing: python3 examples/quickstart/run.py.
 
-Makes the project's environment and, in build/quickstart, a corpus, subwords, a model and translations. What
-is complete is not made again; interrupted training goes on from its last epoch.
+Makes the project's environment and, in build/quickstart, a corpus, subwords, a model and translations. A
+complete step is not repeated. Interrupted training continues from its last epoch.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def report() -> None:
 
 
 def main() -> None:
-    """Do what is not done yet, and report."""
+    """Do all steps that are not done yet, and report."""
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # a model so small gains little from threads
     this, maker = Path(__file__), HERE / "make_corpus.py"
     code = sorted(path for path in PACKAGE.rglob("*") if path.suffix in (".py", ".h", ".cpp", ".cuh", ".cu"))

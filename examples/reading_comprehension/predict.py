@@ -1,4 +1,4 @@
-"""A split's answers as SQuAD's evaluation script takes them: python predict.py CHECKPOINT BIN SPLIT OUTPUT"""
+"""A split's answers for SQuAD's evaluation script: python predict.py CHECKPOINT BIN SPLIT OUTPUT"""
 
 import json
 import sys

@@ -22,8 +22,8 @@ def tokenize(text: str) -> List[Tuple[int, int]]:
 def load(path: Path) -> List[Dict[str, Any]]:
     """Return a file's articles.
 
-    Raises :class:`Refused` where it is not JSON in SQuAD's form, an id occurs twice, a question has no words,
-    or an answer is missing or not there.
+    Raises :class:`Refused` if the file is not JSON in SQuAD's form, an id occurs twice, a question has no
+    words or no answer, or an answer is not at its place.
     """
     try:
         articles = json.loads(path.read_bytes().decode("utf-8-sig"))["data"]
@@ -111,7 +111,7 @@ class SQuAD(Recipe):
         return [f"{self.config['url_' + self.config['corpus']]}/{name}" for name in self.names()]
 
     def write_text(self, part: Path) -> None:
-        """Write a file for each split; of every ten articles of XQuAD one is for valid, one for test."""
+        """Write a file for each split. Of every ten articles of XQuAD one is for valid and one for test."""
         (part / "text").mkdir()
         paths = [self.find(name) for name in self.names()]
         found = [load(path) for path in paths]

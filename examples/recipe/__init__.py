@@ -1,9 +1,9 @@
-"""What all recipes share: their options, their steps in a work folder, training, and the table.
+"""Shared by all recipes: options, steps in a work folder, training, and the table.
 
     python RECIPE.py [--work DIR] [--data DIR] [--dry-run] [OPTION=VALUE ...]
 
-A recipe is a subclass of :class:`Recipe` and, beside it, a YAML file with all its settings. Those at the top
-are the recipe's own, those in groups are fairseq's, as ``fairseq-hydra-train`` takes them.
+A recipe is a subclass of :class:`Recipe` and a YAML file with all its settings. Settings at the top are the
+recipe's. Settings in groups are fairseq's, as ``fairseq-hydra-train`` takes them.
 """
 
 import argparse
@@ -65,7 +65,7 @@ class Run(NamedTuple):
 
 
 class Recipe:
-    """The steps of one recipe; a subclass says what is special about its data.
+    """The steps of one recipe. A subclass defines how its data are read and evaluated.
 
     Attributes:
         script: the recipe's file; its YAML file has the same name
@@ -117,7 +117,7 @@ class Recipe:
         self.work = Work(args.work or Path(self.work_name()), self.name, args.dry_run)
 
     def check(self) -> None:
-        """Refuse settings that cannot be."""
+        """Refuse settings that do not fit."""
 
     def work_name(self) -> str:
         return self.name
@@ -129,7 +129,7 @@ class Recipe:
         raise NotImplementedError
 
     def urls(self) -> Sequence[str]:
-        """Return what is fetched where there is no --data: these files, or archives with them."""
+        """Return the addresses to fetch without --data: of these files, or of archives with them."""
         return []
 
     def find(self, name: str) -> Path:
@@ -140,7 +140,7 @@ class Recipe:
         raise Refused(f"there is neither {name} nor {name}.gz in {self.source}")
 
     def files(self) -> Dict[str, Path]:
-        """Return the files of --data, by name; none where they are to be fetched."""
+        """Return the files of --data by name, or none if they are fetched."""
         if self.data is None:
             if not self.urls():
                 raise Refused(f"give --data, the folder with {', '.join(self.names())}")
@@ -148,7 +148,7 @@ class Recipe:
         return {name: self.find(name) for name in self.names()}
 
     def text(self, settings: Dict[str, Any], make: Callable[[Path], None]) -> None:
-        """Do the step "text": what ``make`` writes, of files that it finds."""
+        """Do the step "text": call ``make``, which reads the data and writes text."""
         inputs, urls = {name: digest(path) for name, path in self.files().items()}, list(self.urls())
         if self.data is None:
             settings = {**settings, "urls": urls}
@@ -166,7 +166,7 @@ class Recipe:
         self.work.step("text", settings, inputs, made)
 
     def fetch(self, url: str) -> None:
-        """Download a file to download/; what is compressed must be whole."""
+        """Download a file to download/. A compressed file must be whole."""
         name = f"download/{url.rsplit('/', 1)[1]}"
         words = ["curl", "-fsSL", "--retry", "3", "--create-dirs", "-o", f"{PART}/{name}", url]
 
@@ -187,7 +187,7 @@ class Recipe:
         self.work.step(name, {"url": url}, {}, check, [words])
 
     def unpack(self, part: Path) -> Path:
-        """Take the files from the archives that were fetched, and return the folder where they are."""
+        """Unpack the files from the fetched archives, and return their folder."""
         folder = part / "unpacked"
         folder.mkdir()
 
@@ -218,7 +218,7 @@ class Recipe:
     # Runs
 
     def run(self, model: str) -> Run:
-        """Return the run of ``model``, one of the YAML's architectures; of any name if these have "*"."""
+        """Return the run of ``model``, one of the YAML file's architectures, or any if these have "*"."""
         architectures = self.defaults["architectures"]
         known = [pattern for pattern in architectures if fnmatch.fnmatchcase(model, pattern)]
         if not known:
@@ -252,7 +252,7 @@ class Recipe:
         return {group: options for group, options in run.settings.items() if group != "generation"}
 
     def train(self, run: Run, inputs: Dict[str, Optional[str]]) -> None:
-        """Train in the run's folder, or go on, but never with other settings than it began with."""
+        """Train in the run's folder, or continue there, but never with other settings than at the start."""
         work, step = self.work, f"{run.folder}/train"
         settings = self.training(run)
         local = {
@@ -315,7 +315,7 @@ class Recipe:
         return path.read_text(encoding="utf-8", errors="replace")
 
     def parameters(self, run: Run) -> str:
-        """Return the model's number of parameters, as its training's log has it."""
+        """Return the model's number of parameters from the training's log."""
         return re.search(r"num. shared model params: ([\d,]*\d)", self.log(run))[1]
 
     def seconds(self, run: Run) -> str:
@@ -336,9 +336,9 @@ class Recipe:
         commands: Sequence[Sequence[Any]],
         read: Callable[[Path, str], Any],
     ) -> Any:
-        """Do a step that evaluates: return what ``read`` found in the folder that it gets and the log's text.
+        """Do a step that evaluates: return the result of ``read``, which gets a folder and the log's text.
 
-        It is kept as STEP.json, until the commands or what they read change.
+        STEP.json keeps it until the commands or their inputs change.
         """
 
         def make(part: Path) -> None:
@@ -359,11 +359,11 @@ class Recipe:
         """Refuse to train on data that does not fit the run."""
 
     def evaluate(self, run: Run) -> Sequence[Any]:
-        """Evaluate a trained run and return its row of the table; nothing in a dry run."""
+        """Evaluate a trained run and return its row of the table, or nothing in a dry run."""
         raise NotImplementedError
 
     def close(self) -> None:
-        """Print what follows the table."""
+        """Print the part after the table."""
 
     def execute(self) -> None:
         """Do all steps that are not done and print the table."""
@@ -397,13 +397,13 @@ class Recipe:
 def lengths(
     run: Run, split: str, path: Path, sizes: Iterable[int], limit: int, option: str, spare: bool = True
 ) -> None:
-    """Say which examples of the training set are longer than the model reads; refuse those of other sets.
+    """Print which training examples are longer than the model reads. Refuse such examples in other sets.
 
     Args:
         split: train, valid or test
         path, sizes: a file, and how many tokens each of its lines becomes, ``</s>`` included
-        limit, option: the greatest size, and what sets it
-        spare: fairseq leaves longer ones out of the training
+        limit, option: the greatest size, and the option that sets it
+        spare: fairseq drops longer ones from training
     """
     long, total, longest = [], 0, 0
     for total, size in enumerate(sizes, 1):
@@ -421,7 +421,7 @@ def lengths(
 
 
 def main(recipe: Callable[[Sequence[str]], Recipe]) -> None:
-    """Run a recipe with the command line's words; end with one sentence where it cannot be done."""
+    """Run a recipe with the command line's words. End with one sentence if it fails."""
     name = Path(sys.argv[0]).name
 
     def end(*_: Any) -> None:

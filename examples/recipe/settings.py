@@ -1,4 +1,4 @@
-"""Settings: read from words OPTION=VALUE, checked, and completed as fairseq's own command line does."""
+"""Settings: read from OPTION=VALUE, checked, and completed as fairseq's command line does."""
 
 import argparse
 import difflib
@@ -17,7 +17,7 @@ LISTS = ("models", "compare", "languages", "train", "valid", "test", "urls")  # 
 
 
 def read_file(path: Path) -> Dict[str, Any]:
-    """Return the settings of a YAML file, with the references among them as they are."""
+    """Return the settings of a YAML file, with references left as they are."""
     try:
         read = OmegaConf.to_container(OmegaConf.load(path))
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
@@ -30,7 +30,7 @@ def read_file(path: Path) -> Dict[str, Any]:
 
 
 def read_option(word: str) -> Tuple[str, Any]:
-    """Split OPTION=VALUE; the value is read as in a YAML file, so that a comma or a blank may be in it."""
+    """Split OPTION=VALUE. The value is read as YAML, so it may contain commas and blanks."""
     option, equals, value = word.partition("=")
     option = option.lstrip("+")
     if not equals or not re.fullmatch(r"\w+(\.\w+)*", option):
@@ -45,7 +45,7 @@ def read_option(word: str) -> Tuple[str, Any]:
 
 
 def own_value(name: str, value: Any, default: Any) -> Any:
-    """Return a recipe's own setting as the type that the YAML file's ``default`` has."""
+    """Return a recipe's setting with the type of the YAML file's ``default``."""
     kind = type(default)
     if name in LISTS:
         values = value if isinstance(value, list) else [] if value is None else str(value).split(",")
@@ -67,7 +67,7 @@ def own_value(name: str, value: Any, default: Any) -> Any:
 
 
 def near(name: str, known: Iterable[str]) -> str:
-    """Say what may have been meant by ``name``."""
+    """Return a suggestion for the unknown ``name``."""
     found = difflib.get_close_matches(name, list(known), 3)
     return f" (did you mean {' or '.join(found)}?)" if found else ""
 
@@ -75,8 +75,8 @@ def near(name: str, known: Iterable[str]) -> str:
 def resolve(settings: Dict[str, Dict[str, Any]]) -> Dict[str, Dict[str, Any]]:
     """Check fairseq's groups of settings, and complete the model as ``fairseq-train --arch`` does.
 
-    ``fairseq-hydra-train`` itself passes over options that the model does not have, and over what an
-    architecture stands for.
+    ``fairseq-hydra-train`` itself ignores options that the model does not have, and the values of an
+    architecture.
     """
     try:
         from fairseq.dataclass.configs import FairseqConfig

@@ -1,4 +1,4 @@
-"""Reading text, line by line, and saying in one sentence what is wrong with it."""
+"""Reads text line by line, and reports a fault in one sentence."""
 
 import gzip
 import hashlib
@@ -12,7 +12,7 @@ BROKEN = (EOFError, gzip.BadGzipFile, zlib.error)  # what reading a part of a co
 
 
 class Refused(Exception):
-    """What the user must know, in one sentence."""
+    """A fault, in one sentence for the user."""
 
 
 def say(text: str) -> None:
@@ -20,7 +20,7 @@ def say(text: str) -> None:
 
 
 class Line(NamedTuple):
-    """A line of a file, without its end, and where it is."""
+    """A line of a file, without its end, and its place."""
 
     path: Path
     number: int
@@ -31,9 +31,9 @@ class Line(NamedTuple):
 
 
 def lines(path: Path) -> Iterator[Line]:
-    r"""Yield the lines of a UTF-8 file, compressed by gzip or not; they end with ``\n`` or ``\r\n``.
+    r"""Yield the lines of a UTF-8 file, compressed by gzip or not. They end with ``\n`` or ``\r\n``.
 
-    A byte order mark is left out, and so is the last line where it has not even an end.
+    A byte order mark is left out. So is an empty last line without an end.
     """
     try:
         with open(path, "rb") as raw:
@@ -54,7 +54,7 @@ def lines(path: Path) -> Iterator[Line]:
 
 
 def blanks(text: str) -> str:
-    """Replace all white space, as Python counts it, by blanks: U+00A0, U+2028 and control characters, too."""
+    """Replace all white space, as Python counts it, by blanks: also U+00A0, U+2028 and control characters."""
     return re.sub(r"\s", " ", text)
 
 
@@ -67,7 +67,7 @@ def check_label(line: Line, kind: str, value: str) -> None:
 
 
 def numbered(numbers: Sequence[int]) -> str:
-    """Say which lines: the first ones, and how many in all."""
+    """Return the first line numbers, and how many there are in all."""
     some = ", ".join(str(number) for number in numbers[:3])
     return f"line {some}" if len(numbers) == 1 else f"lines {some}{', …' if len(numbers) > 3 else ''}"
 

@@ -19,13 +19,13 @@ MANIFEST, LOCK, PART = "recipe.json", ".lock", ".part"
 
 
 def package() -> Path:
-    """Return the folder of the installed package, or else of this checkout's."""
+    """Return the folder of the installed package, or of this checkout's."""
     spec = importlib.util.find_spec("fairseq_lrn")
     return Path(spec.origin).resolve().parent if spec and spec.origin else ROOT / "fairseq_lrn"
 
 
 def environment() -> Dict[str, str]:
-    """Return the variables of commands, which run in other folders than this program."""
+    """Return the environment variables of commands, which run in other folders than this program."""
     kept = {
         "OMP_NUM_THREADS": "1",
         "PYTHONUNBUFFERED": "1",  # or lines of two streams would mix in a log
@@ -39,7 +39,7 @@ def environment() -> Dict[str, str]:
 
 
 def program(name: str) -> str:
-    """Return the command ``name`` of this Python's environment, or else of the path."""
+    """Return the command ``name`` from this Python's environment, or from the path."""
     beside = Path(sys.executable).parent / name
     found = str(beside) if beside.exists() else shutil.which(name)
     if found is None:
@@ -48,9 +48,9 @@ def program(name: str) -> str:
 
 
 def call(words: Sequence[str], cwd: Path, log: Path, env: Dict[str, str], lock: Optional[int] = None) -> int:
-    """Run a command, its output appended to ``log``, and return its exit status.
+    """Run a command, append its output to ``log``, and return its exit status.
 
-    It holds the ``lock`` as long as it lives, even where this program is killed.
+    It holds the ``lock`` as long as it runs, even if this program is killed.
     """
     with open(log, "ab") as file:
         process = subprocess.Popen(
@@ -71,10 +71,10 @@ def call(words: Sequence[str], cwd: Path, log: Path, env: Dict[str, str], lock: 
 
 
 class Work:
-    """A folder that belongs to one recipe, with a manifest of what it holds and of what that was made from.
+    """A folder that belongs to one recipe, with a manifest of its files and of their inputs.
 
-    Raises :class:`Refused` where the folder is neither new nor this recipe's. Nothing is written before
-    :meth:`open`, and never a file that is there without being in the manifest.
+    Raises :class:`Refused` if the folder is neither new nor this recipe's. Nothing is written before
+    :meth:`open`. Files that are not in the manifest are never overwritten.
     """
 
     def __init__(self, folder: Path, recipe: str, dry: bool) -> None:
@@ -83,7 +83,7 @@ class Work:
         self.read()
 
     def read(self) -> None:
-        """Read the manifest, or begin one."""
+        """Read the manifest, or start one."""
         self.state: Dict[str, Any] = {"recipe": self.recipe, "steps": {}, "hashes": {}}
         if not os.path.lexists(self.folder):
             return
@@ -105,7 +105,7 @@ class Work:
         self.state = state
 
     def open(self) -> None:
-        """Make the folder and lock it as long as this process, or a command of its, is alive."""
+        """Make the folder and lock it as long as this process, or one of its commands, runs."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.lock = os.open(self.folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         for patience in range(20, -1, -1):  # what an ended run has started may take a moment to end
@@ -135,7 +135,7 @@ class Work:
         os.replace(new, self.folder / MANIFEST)
 
     def hash(self, name: str) -> Optional[str]:
-        """Return the hash of a file here, None where it is not; read again where size or time changed."""
+        """Return the hash of a file here, or None without it. Read it again if size or time changed."""
         path = self.folder / name
         if not path.is_file():
             return None
@@ -156,7 +156,8 @@ class Work:
         return [name for name in names if any((self.folder / "runs" / name).glob("checkpoint*.pt"))]
 
     def run(self, words: Sequence[Any], log: Path, cwd: str = ".") -> None:
-        """Run a command in the folder ``cwd``, by paths relative to it; print it, and its end if it fails."""
+        """Run a command in the folder ``cwd``, with paths relative to it. Print it, and its last lines if it
+        fails."""
         words = [program(str(words[0])), *map(str, words[1:])]
         folder = self.folder / cwd
         say(f"$ cd {shlex.quote(str(folder))} && {' '.join(map(shlex.quote, words))}")
@@ -181,18 +182,18 @@ class Work:
         commands: Sequence[Sequence[Any]] = (),
         again: bool = False,
     ) -> None:
-        """Have ``commands``, and then ``make``, write files to a folder, then move them here.
+        """Let ``commands``, and then ``make``, write files to a folder, then move them here.
 
-        It is left out where it was done with the same settings and inputs and all it made is there. Where
-        trained runs depend on what it made, and it would come out differently, this refuses.
+        A step is skipped if it was done with the same settings and inputs and all its files exist. If trained
+        runs depend on its files, and these would change, this refuses.
 
         Args:
-            name: of the step; a run's are RUNS/NAME/STEP
-            settings: what it depends on, to be compared and named
-            inputs: hashes of what it reads, by name
+            name: of the step; for a run RUNS/NAME/STEP
+            settings: of the step, to be compared and named
+            inputs: hashes of the files that it reads, by name
             make: called with the folder, in which files have the same relative paths as here
-            commands: words of commands, run here; what they print goes to logs/STEP.log in the folder
-            again: whatever was done before
+            commands: words of commands, run here; their output goes to logs/STEP.log in the folder
+            again: do it even if it was done before
         """
         entry = self.steps.get(name)
         same = entry is not None and (entry["settings"], entry["inputs"]) == (settings, inputs)
@@ -244,7 +245,7 @@ class Work:
         shutil.rmtree(part)
 
     def outputs(self, step: str) -> Dict[str, Optional[str]]:
-        """Return the hashes of what a step made; in a dry run of what it would be asked for."""
+        """Return the hashes of the files that a step made, or in a dry run would make."""
         return dict(self.steps.get(step, {"outputs": {}})["outputs"])
 
 
@@ -253,7 +254,7 @@ def log_name(step: str) -> str:
 
 
 def difference(old: Dict[str, Any], new: Dict[str, Any]) -> str:
-    """Say what is not the same: settings by name and value, inputs by name."""
+    """Return the differences: settings by name and value, inputs by name."""
 
     def flat(tree: Any, prefix: str = "") -> Dict[str, Any]:
         if not isinstance(tree, dict):

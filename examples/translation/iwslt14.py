@@ -23,7 +23,8 @@ class IWSLT14(Translation):
         return [self.config["url"]]
 
     def side(self, split: str, language: str) -> Iterator[Line]:
-        """Yield the talks' sentences, titles and descriptions, each 23rd for validation; or the tests'."""
+        """Yield the talks' sentences, titles and descriptions, each 23rd for validation, or those of the
+        tests."""
         if split == "test":
             for test in TESTS:
                 for line in lines(self.find(f"IWSLT14.{test}.de-en.{language}.xml")):

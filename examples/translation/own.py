@@ -78,10 +78,10 @@ class Own(Translation):
         return {**super().text_settings(), "held_out": self.config["held_out"]}
 
     def write_text(self, part: Path) -> None:
-        """Write train, valid and test; what is not given is taken from the training text.
+        """Write train, valid and test. Sets that are not given are taken from the training text.
 
-        Which sentences these are depends on themselves alone, by a hash. All pairs with such a source leave
-        the training text, and the first of them is held out.
+        A hash of the sentence decides which ones. All pairs with such a source leave the training text, and
+        the first of them is held out.
         """
         given = [split for split in SPLITS if f"{split}.{self.languages[0]}" in self.files()]
         missing = [split for split in SPLITS if split not in given]

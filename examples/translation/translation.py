@@ -1,4 +1,4 @@
-"""What the translation recipes share: sentences in two languages → subwords → binary data → model → BLEU."""
+"""Shared by the translation recipes: sentences in two languages → subwords → binary data → model → BLEU."""
 
 import io
 import os
@@ -38,8 +38,8 @@ class Translation(Recipe):
     """A recipe for pairs of sentences.
 
     Attributes:
-        published: others' figures are of these data. So they are also scored as those are, and what is wrong
-            in the validation and test sets is told and not refused.
+        published: others published figures for these data. So they are also scored in the published way, and
+            faults of the validation and test sets are printed, not refused.
     """
 
     published = False
@@ -69,7 +69,7 @@ class Translation(Recipe):
         raise NotImplementedError
 
     def pairs(self, split: str) -> Iterator[Tuple[str, str]]:
-        """Yield the pairs of a split, whose sides must be equally long; to train on, without empty ones."""
+        """Yield the pairs of a split, whose sides must be equally long. Leave out empty training pairs."""
         total, empty, last = 0, [], None
         for pair in zip_longest(*(self.side(split, language) for language in self.languages)):
             if None in pair:
@@ -116,7 +116,7 @@ class Translation(Recipe):
         return written(self.work.folder / kind / f"{split}.{language}")
 
     def learn(self, part: Path) -> None:
-        """Learn joint BPE from the training text and cut all text into its subwords."""
+        """Learn joint BPE from the training text and split all text into its subwords."""
         import sentencepiece
 
         model, vocab_size = io.BytesIO(), self.config["vocab_size"]
@@ -145,9 +145,7 @@ class Translation(Recipe):
             kept = self.write(part / "subwords", split, self.cut(split, processor))
             total = sum(1 for _ in self.written("text", split, self.languages[0]))
             if kept < total:
-                say(
-                    f"   {split}: {total - kept} of {total} are left out, being empty, too long or too uneven"
-                )
+                say(f"   {split}: {total - kept} of {total} are left out: empty, too long or too uneven")
         (part / "subwords/spm.model").write_bytes(model.getvalue())
 
     def cut(self, split: str, processor: Any) -> Iterator[Tuple[str, str]]:
@@ -219,7 +217,7 @@ class Translation(Recipe):
                     lengths(run, split, path, sizes, tokens, "dataset.max_tokens", spare=False)
 
     def search(self, run: Run) -> List[Any]:
-        """Return the options of translating, but for the checkpoint and the batches."""
+        """Return the options of translating, except for the checkpoint and the batches."""
         words: List[Any] = ["--user-dir", package(), "--task", "lrn_translation", "-s", self.languages[0]]
         words += ["-t", self.languages[1]]
         for option, value in run.settings["generation"].items():
@@ -306,7 +304,7 @@ class Translation(Recipe):
         self.work.step(f"{run.folder}/{name}", {}, inputs, lambda part: None, [command])
 
     def tokenize(self, run: Run, name: str, files: Sequence[str]) -> List[str]:
-        """Tokenize reference and translations as Moses does, for the score that papers give."""
+        """Tokenize reference and translations as Moses does, for the kind of score in papers."""
         outputs = [
             f"{run.folder}/{name}.{kind}.tok.{self.languages[1]}" for kind in ("reference", "translation")
         ]
@@ -359,7 +357,7 @@ class Translation(Recipe):
             self.table([[*row, *speed] for row, speed in zip(scores, speeds)])
 
     def speeds(self, runs: Sequence[Run], name: str) -> List[List[str]]:
-        """Return each run's medians; the first quarter of the updates warms up and is left out."""
+        """Return each run's medians. The first quarter of the updates is warm-up and does not count."""
         work, updates, rows = self.work, self.config["speed_updates"], []
         for turn in range(self.config["rounds"]):
             for run in runs:

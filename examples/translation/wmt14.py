@@ -25,7 +25,7 @@ class WMT14(Translation):
         return self.config["urls"]
 
     def unpack(self, part: Path) -> Path:
-        """Take the training text from the archives, and the news from sacreBLEU, which fetches it."""
+        """Unpack the training text from the archives, and get the news from sacreBLEU, which fetches it."""
         from sacrebleu.utils import get_reference_files, get_source_file
 
         folder = super().unpack(part)

@@ -1,4 +1,4 @@
-"""Translates with a trained model: natively on the CPU where it can, and with PyTorch's modules elsewhere."""
+"""Translates with a trained model: natively on the CPU where possible, otherwise with PyTorch's modules."""
 
 from .generator import BeamSearchGenerator, BeamSearchGeneratorWithAlignment
 from .translator import COMPUTE_TYPES, Translator

@@ -1,8 +1,8 @@
 """Beam search on a GPU with an ``lrn``: a step of the decoder is one CUDA graph.
 
 A decoder's state has a fixed size, so one captured step serves every length of the translation. A step
-reorders the states as the beam asks, runs the decoder's own modules and finds the best next words. The search
-itself is native and on the host. Between the two goes one copy each way, through pinned memory.
+reorders the states for the beam, runs the decoder's modules and finds the best next words. The search is
+native and runs on the host. Each step copies once each way, through pinned memory.
 """
 
 import logging
@@ -26,8 +26,8 @@ _EXCLUDED = 3  # words that it may exclude: padding, </s> and <unk>
 class StepGraphs:
     """The decoder's steps for the native search, each a CUDA graph for some number of rows and source length.
 
-    A graph reads the weights where they are: training in place changes what it computes. Graphs are dropped
-    once modules, parameters, their memory or settings were replaced. Of one generator, searches take turns.
+    A graph reads the weights in place, so training in place changes its results. Graphs are dropped when
+    modules, parameters, their memory or settings were replaced. Searches of one generator take turns.
 
     Args:
         model: any fairseq model
@@ -44,7 +44,7 @@ class StepGraphs:
         self._clear()
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        """A copy has graphs of its own."""
+        """A copy starts without graphs."""
         return type(self), (self._model, self._device_type)
 
     def _clear(self) -> None:
@@ -53,7 +53,7 @@ class StepGraphs:
         self._pool: Any = None  # of the graphs' memory
 
     def serve(self, beam_size: int) -> bool:
-        """Whether the model is an ``lrn`` that is exactly known, on a device of the type given."""
+        """Whether the model is a known ``lrn`` on a device of the given type."""
         with self._lock:
             if self._snapshot is None or not self._snapshot.same():
                 self._weight, snapshot = None, Snapshot(self._model)
@@ -82,9 +82,9 @@ class StepGraphs:
 
         Args:
             net_input: with ``src_tokens`` (B, S), on the model's device
-            search: a native one that begins, of B sentences and ``beam_size``
+            search: a new native search of B sentences with ``beam_size``
             beam_size: hypotheses of a sentence
-            temperature: what scores are divided by
+            temperature: divides the scores
 
         Returns:
             as :meth:`~fairseq_lrn.inference.translator.Translator.search`
@@ -127,7 +127,7 @@ class StepGraphs:
             return (*found, attended.float())
 
     def _step(self, sentences: int, length: int, beam_size: int, temperature: float) -> "_Step":
-        """Return the step for at least so many sentences and positions of the source."""
+        """Return a step for at least this many sentences and source positions."""
         shape = (_round_up(sentences, 1), _round_up(length, 16), beam_size)
         key = (*shape, temperature)
         step = self._steps.pop(key, None)
@@ -142,7 +142,7 @@ class StepGraphs:
         return step
 
     def _keys_values(self, positions: int) -> Tensor:
-        """Return memory for keys and values of so many positions; graphs that know another are dropped."""
+        """Return memory for keys and values of this many positions. New memory drops all graphs."""
         layers, width = len(self._model.decoder.layers), self._model.decoder.embed_tokens.embedding_dim
         size = layers * 2 * width
         if self._memory is None or len(self._memory) < size * positions:
@@ -172,9 +172,9 @@ class StepGraphs:
 
 
 class _Step:
-    """One step of a decoder, with all that it reads and writes in fixed places.
+    """One step of a decoder. All its inputs and outputs have fixed places in memory.
 
-    It has room for a number of sentences with ``beam_size`` rows each. Those that are over stay, idle.
+    It has room for a number of sentences with ``beam_size`` rows each. Finished sentences stay in it.
     """
 
     def __init__(
@@ -211,7 +211,7 @@ class _Step:
         return tokens, parents, extra.view(rows, _EXTRAS), excluded
 
     def compute(self) -> None:
-        """What is captured: from the tokens of all rows to their candidates, attention and states."""
+        """The captured part: from the tokens of all rows to their candidates, attention and states."""
         decoder = self.decoder
         tokens, parents, extra, excluded = self._parts(self.input)
         encoder_out = {"encoder_out": [self.states], "encoder_padding_mask": [self.padding_mask]}
@@ -236,7 +236,7 @@ class _Step:
         self.found[1].view(torch.int32).copy_(words)
 
     def begin(self, encoder_out: Dict[str, List[Tensor]]) -> None:
-        """Take over what the encoder returned for the first of the sentences."""
+        """Copy the encoder's result for the first sentences."""
         memory = encoder_out["encoder_out"][0]  # (S, B, C)
         length, sentences, _ = memory.shape
         layers = self.decoder.layers
@@ -257,7 +257,7 @@ class _Step:
         )
 
     def set_state(self, states: Tensor, keys_values: Tensor, padding_mask: Tensor) -> None:
-        """Write these to the first rows and sentences; the others are as at the beginning of a search."""
+        """Write these to the first rows and sentences. Reset the others to the beginning of a search."""
         sentences, length = padding_mask.shape
         self.states.zero_()
         self.states[:, : states.size(1)] = states
@@ -268,10 +268,10 @@ class _Step:
         self.padding_mask[:sentences, :length] = padding_mask
 
     def run(self, search: Any, rows: Tensor, tokens: Tensor, parents: Tensor) -> Tuple[Tensor, Tensor]:
-        """Make a step; the search's rows are at ``rows``, and follow those at ``parents`` of the last step.
+        """Run a step. The search's rows are at ``rows`` and follow the rows ``parents`` of the last step.
 
         Returns:
-            log-probabilities and words that ``search`` asks for, on the host
+            log-probabilities and words for ``search``, on the host
         """
         all_tokens, all_parents, all_extra, all_excluded = self._parts(self.host_input)
         all_tokens[rows] = tokens
@@ -295,11 +295,11 @@ class _Step:
 
 
 def _width(beam_size: int) -> int:
-    """How many of the best words a search asks for, where it does."""
+    """Number of best words that a search needs."""
     return 1 if beam_size == 1 else 2 * beam_size
 
 
 def _round_up(size: int, least: int) -> int:
-    """Return a size at most a quarter greater, or a multiple of ``least``: few graphs serve all sizes."""
+    """Round a size up by at most a quarter, or to a multiple of ``least``: few graphs serve all sizes."""
     step = max(least, 1 << max(0, size.bit_length() - 3))
     return -(-size // step) * step

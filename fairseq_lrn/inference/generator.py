@@ -1,4 +1,4 @@
-"""fairseq's generator with a native beam search, whatever model of this package makes the steps."""
+"""fairseq's generator with a native beam search, for every translation model of this package."""
 
 import itertools
 from typing import Any, Dict, List, Optional, Tuple
@@ -21,21 +21,21 @@ _NET_INPUT = {"src_tokens", "src_lengths", "prev_output_tokens"}
 
 
 class BeamSearchGenerator(SequenceGenerator):
-    """fairseq's generator, with a shorter way to the same hypotheses for one model of this package.
+    """fairseq's generator, with a faster way to the same hypotheses for one model of this package.
 
-    The search is native: a step gives it the best ``2 * beam_size`` words of each hypothesis, and hypotheses
-    are read off its history once they end. Where a :class:`Translator` knows the model, the model's steps are
-    native too. Otherwise the model's own modules make them, on any device; on a GPU :class:`StepGraphs` has
-    captured them where it knows the model. Ensembles, other models, adaptive softmax, sampling and other
-    searches, constraints, a language model, and n-grams that may not repeat use fairseq's own search.
+    The search is native. A step gives it the best ``2 * beam_size`` words of each hypothesis, and finished
+    hypotheses are read from its history. If a :class:`Translator` knows the model, the steps are native too.
+    Otherwise the model's modules run them, on any device. On a GPU :class:`StepGraphs` captures them if it
+    knows the model. Ensembles, other models, adaptive softmax, sampling and other searches, constraints, a
+    language model, and n-grams that may not repeat use fairseq's search.
     """
 
     def __init__(self, models, tgt_dict, compute_type="float32", **kwargs):
-        """Take the arguments of fairseq's generator, and one of the translator's.
+        """Take the arguments of fairseq's generator, and ``compute_type``.
 
         Args:
-            compute_type: see :class:`Translator`; translating raises ValueError where it is not float32 and
-                the translator does not make the steps
+            compute_type: see :class:`Translator`. Translating raises ValueError if it is not float32 and the
+                translator does not run the steps.
         """
         super().__init__(models, tgt_dict, **kwargs)
         self.compute_type = compute_type
@@ -102,7 +102,7 @@ class BeamSearchGenerator(SequenceGenerator):
         return _check(sample, _split(*found))
 
     def _search(self, net_input: Dict[str, Tensor], search: Any) -> Tuple[Tensor, ...]:
-        """Search with the model's own modules; returns what :meth:`Translator.search` does."""
+        """Search with the model's modules. Returns the same as :meth:`Translator.search`."""
         encoder, decoder = self.model.single_model.encoder, self.model.single_model.decoder
         device = net_input["src_tokens"].device
         sentences, source_length = net_input["src_tokens"].shape
@@ -142,7 +142,7 @@ class BeamSearchGeneratorWithAlignment(SequenceGeneratorWithAlignment, BeamSearc
 
 
 def _is_unchanged(model: Any) -> bool:
-    """Whether ``model`` is one of this package, with all the methods of its class and its parts' classes."""
+    """Whether ``model`` is one of this package, and no method of it or its parts was replaced."""
     if type(model) not in (DeepNMTModel, LRNModel) or model.decoder.output_projection is None:
         return False
     parts = {model.encoder: model.encoder_class, model.decoder: model.decoder_class}
@@ -157,7 +157,7 @@ def _is_unchanged(model: Any) -> bool:
 
 
 def _candidates(scores: Tensor, search: Any) -> Tuple[Tensor, Tensor]:
-    """The log-probabilities and ids of the words that ``search`` asks for, given scores (N, V)."""
+    """The log-probabilities and ids of the words that ``search`` needs, from scores (N, V)."""
     log_probs, words = scores.new_empty(len(scores), 0), search.extra().to(scores.device)
     excluded = search.excluded()
     width = min(search.width(), scores.size(1) - len(excluded))
@@ -180,7 +180,7 @@ def _split(
     positional_scores: Tensor,
     attention: Tensor,
 ) -> List[List[Hypothesis]]:
-    """Return the hypotheses of each sentence as fairseq has them."""
+    """Return the hypotheses of each sentence in fairseq's form."""
     sizes, empty = lengths.tolist(), torch.empty(0)
     hypotheses = (
         {
@@ -198,7 +198,7 @@ def _split(
 
 
 def _check(sample: Dict[str, Any], found: List[List[Hypothesis]]) -> List[List[Hypothesis]]:
-    """Return ``found``, the hypotheses of each sentence, unless a sentence has none."""
+    """Return ``found``, the hypotheses of each sentence. Raise ValueError if a sentence has none."""
     for i, beam in enumerate(found):
         if not beam:
             name = sample["id"][i].item() if "id" in sample else i

@@ -72,7 +72,7 @@ _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hook
 
 
 def _methods(kind: type) -> Dict[str, Callable]:
-    """Return the methods of a class itself, but special ones: torch.compile replaces Module.__init__."""
+    """Return the methods of a class, except special ones: torch.compile replaces Module.__init__."""
     return {
         name: value for name, value in vars(kind).items() if callable(value) and not name.startswith("__")
     }
@@ -92,10 +92,11 @@ class Unknown(Exception):
 
 
 class Snapshot:
-    """What a model's results follow from, but for the weights' values: compared before each use.
+    """All that a model's results depend on, except the weights' values. It is compared before each use.
 
-    It sees modules, hooks, parameters and settings that come, go or are replaced, and weights that are
-    written to in place, unless by ``.data``. It makes few calls: a sentence may take less than a millisecond.
+    It detects added, removed and replaced modules, hooks, parameters and settings. It detects weights that
+    were written to in place, but not by ``.data``. It makes few calls: a sentence may take less than a
+    millisecond.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -138,7 +139,7 @@ class Snapshot:
 
 
 def replaced_method() -> Optional[str]:
-    """Return which method of the models' classes is not what it was, or None."""
+    """Return the name of a method of the models' classes that was replaced, or None."""
     for kind, methods in _METHODS.items():
         for name, now in _methods(kind).items():
             if now is not methods.get(name):
@@ -152,8 +153,8 @@ def read(
     """Return the weights of ``model`` by their names, with each LayerNorm's eps, and the other settings.
 
     Raises:
-        Unknown: the model is no ``lrn`` whose results follow from these alone, or its weights are on another
-            type of device or of another dtype
+        Unknown: the results do not follow from these alone, or the weights have another type of device or
+            dtype
     """
     if any(_GLOBAL_HOOKS):
         raise Unknown("hooks on all modules are registered")

@@ -1,4 +1,4 @@
-"""The native translator of a model: the words of its beam search, and its parts for fairseq's own search."""
+"""The native translator of a model: for its beam search, and for fairseq's search."""
 
 import logging
 import threading
@@ -19,17 +19,17 @@ _SECONDS = 0.2  # after which Python may handle a signal
 class Translator:
     """Translates as a model ``lrn`` does, with its weights packed for the CPU.
 
-    Weights are packed when they are first needed. They are packed again where modules, parameters or settings
-    were replaced since, where weights were written to in place, after the model's ``train()``, ``eval()`` and
-    ``load_state_dict()``, and after :meth:`refresh`, which writing by ``.data`` needs. A model that is not
-    exactly known translates with its own modules; the log says why.
+    Weights are packed when they are first needed. They are packed again when modules, parameters or settings
+    were replaced, when weights were written to in place, and after the model's ``train()``, ``eval()`` and
+    ``load_state_dict()``. After writing by ``.data``, call :meth:`refresh`. A model that is not exactly known
+    translates with its modules; the log says why.
 
-    Products with weights are computed in one of the :data:`COMPUTE_TYPES`, all else in float32:
+    Products with weights use one of the :data:`COMPUTE_TYPES`. All else is float32.
 
     - ``float32``, as the model computes them
     - ``bfloat16``: weights and features are rounded to it, and sums are float32
-    - ``int8``: each row of weights and each row of features is divided by the 127th part of its largest
-      absolute value and rounded to integers, whose products are added exactly
+    - ``int8``: each row of weights and of features is scaled, so that its largest absolute value is 127, and
+      rounded. Sums of products are exact.
 
     Args:
         model: any fairseq model
@@ -44,7 +44,7 @@ class Translator:
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Translator":
-        """Return the translator of ``model``, a new one if it has none yet, that packs weights anew."""
+        """Return the translator of ``model``, and make one if there is none. It packs the weights again."""
         translator = getattr(model, "translator", None) or cls(model)
         if hasattr(model, "translator"):
             model.translator = translator
@@ -52,7 +52,7 @@ class Translator:
         return translator
 
     def __reduce__(self) -> Tuple[Any, ...]:
-        """A copy of a model has none: this one has the weights of the original."""
+        """A copy of a model has no translator: this one has the weights of the original."""
         return type(None), ()
 
     def refresh(self) -> None:
@@ -64,7 +64,7 @@ class Translator:
         return part is self._model.encoder or part is self._model.decoder
 
     def native(self, compute_type: str = "float32") -> Any:
-        """Return the native translator of the model as it is now, or None, for the :attr:`reason`.
+        """Return the native translator of the model as it is now, or None; :attr:`reason` then says why.
 
         Args:
             compute_type: one of the :data:`COMPUTE_TYPES`
@@ -100,14 +100,14 @@ class Translator:
         """Translate a batch with what :meth:`native` returned.
 
         Args:
-            native: it
+            native: that translator
             src_tokens: (B, S)
             arguments: of the native search
 
         Returns:
-            of B sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
-            first; of all their words, one hypothesis after the other, ids, log-probabilities and attention
-            (words, S)
+            numbers of hypotheses of the B sentences; lengths and scores of the hypotheses, the best of a
+            sentence first; ids, log-probabilities and attention (words, S) of all their words, one hypothesis
+            after the other
         """
         search = torch.classes.fairseq_lrn.Translation(native, src_tokens, *arguments)
         while search.advance(_SECONDS):

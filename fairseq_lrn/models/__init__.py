@@ -1,4 +1,4 @@
-"""fairseq models; importing this package registers them, and mends fairseq (fairseq_patches)."""
+"""fairseq models. Importing this package registers them and applies fairseq_patches."""
 
 from .. import fairseq_patches
 from .deepnmt import DeepNMTModel

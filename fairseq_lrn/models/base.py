@@ -1,4 +1,4 @@
-"""What all models of this package share: the unit's options and their checks, embeddings, architectures."""
+"""Shared by all models of this package: the unit's options and checks, embeddings, architectures."""
 
 import os
 from dataclasses import dataclass, field, make_dataclass
@@ -46,7 +46,7 @@ class CellConfig(FairseqDataclass):
 
     @classmethod
     def from_namespace(cls, args: Any) -> "CellConfig":
-        """As :meth:`FairseqDataclass.from_namespace`, noting what else a whole configuration says."""
+        """As :meth:`FairseqDataclass.from_namespace`, and keep the other groups of a whole configuration."""
         config = super().from_namespace(args)
         if isinstance(args, DictConfig):
             config.checkpoint = OmegaConf.select(args._get_root(), "checkpoint")
@@ -73,7 +73,7 @@ class Dropout(FairseqDropout):
     """fairseq's dropout, by :func:`~fairseq_lrn.modules.dropout.dropout`."""
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
-        """Return ``x`` with elements dropped while training, and with ``--retain-dropout`` ever after."""
+        """Return ``x`` with elements dropped while training, and later too with ``--retain-dropout``."""
         if self.p > 0 and (self.training or self.apply_during_inference):
             return dropout(x, self.p)
         return x
@@ -83,7 +83,7 @@ class NoTorchScript:
     """A base of models that TorchScript cannot compile."""
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """Raise TypeError, before ``torch.jit.script`` complains of the first line that it cannot read."""
+        """Raise TypeError, before ``torch.jit.script`` fails at the first line that it cannot read."""
         raise TypeError(
             f"{type(self).__name__} is not written for TorchScript: use torch.compile or torch.export"
         )
@@ -103,7 +103,7 @@ def build_adaptive_softmax(
 
 
 def check_cell(cfg: CellConfig) -> None:
-    """Raise ValueError where ``cfg`` gives an activation to a unit that has its own."""
+    """Raise ValueError if ``cfg`` gives an activation to a unit that does not take one."""
     if cfg.cell not in ("lrn", "olrn") and cfg.cell_activation not in (None, "tanh"):
         raise ValueError(
             f"--cell-activation {cfg.cell_activation} is for lrn and olrn, but --cell is {cfg.cell}"
@@ -111,7 +111,7 @@ def check_cell(cfg: CellConfig) -> None:
 
 
 def check_positive(cfg: Any, names: Iterable[str]) -> None:
-    """Raise ValueError where one of the options ``names`` is there and not positive."""
+    """Raise ValueError if one of the options ``names`` is given and not positive."""
     for name in names:
         if getattr(cfg, name, 1) <= 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(cfg, name)}, but must be positive")
@@ -124,9 +124,10 @@ def refuse_full_context(full_context_alignment: bool) -> None:
 
 
 def prepared(part: Any) -> Any:
-    """Return what is native of an encoder's or decoder's ``translator`` where it stands in for ``forward``.
+    """Return the native part of an encoder's or decoder's ``translator`` if it replaces ``forward``.
 
-    It was made for a model that still has this part, and there are no gradients. Otherwise return None.
+    It does if it was made for a model that still has this part, and there are no gradients. Otherwise return
+    None.
     """
     translator = part.translator
     if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
@@ -139,8 +140,8 @@ def prepared(part: Any) -> Any:
 def find_padding(tokens: Tensor, padding_idx: int, compiled: bool = False) -> Optional[Tensor]:
     """Return where ``tokens`` (B, T) are padding, a bool mask of that shape, or None if none is.
 
-    A graph that ``torch.compile`` or ``torch.export`` traces fits every batch, so there it is always a mask,
-    and also for layers that are ``compiled``.
+    A graph that ``torch.compile`` or ``torch.export`` traces must fit every batch. So there, and for layers
+    that are ``compiled``, it is always a mask.
     """
     mask = tokens.eq(padding_idx)
     if compiled or torch.compiler.is_compiling() or bool(mask.any()):
@@ -149,16 +150,16 @@ def find_padding(tokens: Tensor, padding_idx: int, compiled: bool = False) -> Op
 
 
 def pick_sentences(new_order: Tensor, rows: int, sentences: int) -> Optional[Tensor]:
-    """Find the sentences to keep for new rows, where a sentence is kept once for all rows next to each other.
+    """Find the sentences to keep for new rows; a sentence is kept once for all its neighbouring rows.
 
     Args:
-        new_order: (N'), of each new row the old one
+        new_order: (N'), the old row of each new row
         rows: N, number of old rows, a multiple of B
         sentences: B
 
     Returns:
-        the sentence of each new row, or, if there were several rows a sentence and are as many again, that of
-        each such group; None if the B sentences can stay as they are
+        the sentence of each new row, or of each group of rows if the number of rows a sentence stays the
+        same; None if the B sentences can stay as they are
     """
     beams = rows // sentences
     picked = torch.div(new_order, beams, rounding_mode="floor")
@@ -178,8 +179,8 @@ def pick_sentences(new_order: Tensor, rows: int, sentences: int) -> Optional[Ten
 def reorder_sentences(encoder_out: Dict[str, List[Tensor]], new_order: Tensor) -> Dict[str, List[Tensor]]:
     """Return ``encoder_out`` with its sentences picked and ordered by ``new_order`` (N').
 
-    Where ``new_order`` puts each sentence into as many rows next to each other, as beam search does, the
-    result has it once, and in ``rows`` an empty tensor of N' rows; from then on ``new_order`` picks rows.
+    If ``new_order`` repeats each sentence equally often, as beam search does, the result has each sentence
+    once, and an empty tensor of N' rows in ``rows``. From then on ``new_order`` picks rows.
     """
     sentences = encoder_out["encoder_out"][0].size(1)
     rows = encoder_out["rows"][0].size(0) if "rows" in encoder_out else sentences
@@ -197,7 +198,7 @@ def reorder_sentences(encoder_out: Dict[str, List[Tensor]], new_order: Tensor) -
 def build_embedding(
     dictionary: Dictionary, embed_dim: int, cfg: Optional[CellConfig] = None, option: str = ""
 ) -> nn.Embedding:
-    """Make an embedding, with the vectors of fairseq's text file ``cfg.option`` for the words found there."""
+    """Make an embedding; words in fairseq's text file ``cfg.option`` get the vectors from there."""
     embedding = Embedding(len(dictionary), embed_dim, dictionary.pad())
     if cfg is not None:
         read_vectors(
@@ -212,9 +213,9 @@ def build_embedding(
 def read_vectors(embedding: nn.Embedding, cfg: CellConfig, option: str, read: Callable[[str], None]) -> None:
     """Call ``read`` with the path ``cfg.option``, if one is given, to fill ``embedding`` before training.
 
-    A model that a checkpoint is loaded into needs no file, but fairseq does not say whether it will load one.
-    So, in its commands, the file is not read where there is a checkpoint to go on from. What is wrong with
-    the file is an error, a ValueError, once the embedding is used in training without being loaded.
+    A model that loads a checkpoint needs no file, but fairseq does not say whether it will load one. So
+    fairseq's commands do not read the file if there is a checkpoint to continue from. A fault of the file
+    becomes a ValueError when training uses the embedding and no checkpoint was loaded.
     """
     path = getattr(cfg, option)
     if not path:
@@ -251,7 +252,7 @@ class Refusal:
 
 
 def is_restored(checkpoint: Any) -> bool:
-    """Whether fairseq-train finds a checkpoint to begin with, given its options ``checkpoint``."""
+    """Whether fairseq-train, with the options ``checkpoint``, finds a checkpoint to start from."""
     path, others = checkpoint.restore_file, []
     if path == "checkpoint_last.pt":
         path = os.path.join(checkpoint.save_dir, path)
@@ -261,7 +262,7 @@ def is_restored(checkpoint: Any) -> bool:
 
 
 def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Linear:
-    """Return the map from features to scores, with the weights of ``embed_tokens`` if they are ``shared``."""
+    """Return the layer from features to scores, with the weights of ``embed_tokens`` if ``shared``."""
     projection = nn.Linear(embed_tokens.embedding_dim, embed_tokens.num_embeddings, bias=False)
     if shared:
         projection.weight = embed_tokens.weight
@@ -271,10 +272,10 @@ def build_output_projection(embed_tokens: nn.Embedding, shared: bool) -> nn.Line
 
 
 def architecture(model: str, name: str, **values: Any) -> None:
-    """Register architecture ``name``: the defaults of ``model``'s options, but for ``values``.
+    """Register architecture ``name``: ``model`` with the defaults of its options, except for ``values``.
 
-    fairseq calls the function for ``--arch``; a YAML file's ``_name`` leads to the dataclass, over whose
-    defaults goes what the file says.
+    fairseq calls the function for ``--arch``. A YAML file's ``_name`` selects the dataclass; values in the
+    file replace its defaults.
     """
 
     @register_model_architecture(model, name)

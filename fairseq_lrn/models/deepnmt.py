@@ -29,7 +29,7 @@ class DeepNMTConfig(EncoderDecoderConfig):
 class DeepNMTModel(NoTorchScript, EncoderDecoderModel):
     """The deep recurrent encoder and decoder of Zhang and Sennrich (ACL 2019), section 5.
 
-    The decoder's first layer has the attention inside its recurrence and runs step by step; all other layers
+    The decoder's first layer has the attention inside its recurrence and runs step by step. All other layers
     run whole sequences.
     """
 

@@ -14,10 +14,10 @@ from .encoder_decoder import Decoder
 
 
 class DeepNMTDecoder(Decoder):
-    """A conditional recurrent layer with attention between its two cells, and layers over what both found.
+    """A conditional recurrent layer with attention between its two cells, and layers above it.
 
-    The first cell reads the previous word, its output looks for a context in the encoder's output, and the
-    second cell reads that context. Each upper layer reads the sum below it and the context. After each layer
+    The first cell reads the previous word. Its output attends to the encoder's output, and the second cell
+    reads the context found there. Each upper layer reads the sum below it and the context. After each layer
     come a linear map, dropout, the residual sum and, if asked for, layer normalisation.
 
     Args:

@@ -14,7 +14,7 @@ from .base import Dropout, find_padding, reorder_sentences
 
 
 class ContextAwareRecurrent(nn.Module):
-    """A recurrence against time that reads at each step the source, then the state of one along time.
+    """A backward recurrence that reads at each step the source, then a forward recurrence's state.
 
     The context-aware encoder of Zhang et al. (2017), called as :class:`~fairseq_lrn.modules.LRN` is.
     """
@@ -47,7 +47,7 @@ class ContextAwareRecurrent(nn.Module):
 
 
 class DeepNMTEncoder(FairseqEncoder):
-    """Embeddings, a bidirectional or context-aware recurrent layer, and further layers along time.
+    """Embeddings, a bidirectional or context-aware recurrent layer, and further forward layers.
 
     After each layer come a linear map, dropout, the residual sum and, if asked for, layer normalisation.
 
@@ -89,14 +89,14 @@ class DeepNMTEncoder(FairseqEncoder):
 
         Args:
             src_tokens: (B, S) token ids
-            src_lengths: not used, the padding is read off ``src_tokens``
-            return_all_hiddens: return what goes into the first layer and comes out of each
-            token_embeddings: (B, S, C), in place of the embeddings of ``src_tokens``
+            src_lengths: not used; ``src_tokens`` show the padding
+            return_all_hiddens: return the first layer's input and each layer's output
+            token_embeddings: (B, S, C), instead of the embeddings of ``src_tokens``
 
         Returns:
-            ``encoder_out`` [(S, B, C)], ``encoder_padding_mask`` [(B, S)], True at padding, [] without any,
-            ``encoder_states`` [(S, B, C)], [] unless asked for, and ``encoder_state``
-            [(1, B, C or, with LSTM, 2·C)], the last layer's last state
+            a dictionary: ``encoder_out`` [(S, B, C)]; ``encoder_padding_mask`` [(B, S)], True at padding, []
+            without any; ``encoder_states`` [(S, B, C)], [] unless asked for; ``encoder_state`` [(1, B, C or,
+            with LSTM, 2·C)], the last layer's last state
         """
         padding_mask = find_padding(src_tokens, self.padding_idx)
         if token_embeddings is None:

@@ -1,4 +1,4 @@
-"""What the encoder-decoders of this package share: options and their checks, building, scoring."""
+"""Shared by the encoder-decoders of this package: options and checks, building, scoring."""
 
 from dataclasses import dataclass, field
 from typing import Any, Dict, List, Optional, Tuple
@@ -12,7 +12,7 @@ from .base import Activation, CellConfig, build_embedding, check_cell, check_pos
 
 @dataclass
 class EncoderDecoderConfig(CellConfig):
-    """Options of every encoder-decoder; what fairseq's Transformer has too is named as there."""
+    """Options of every encoder-decoder. Names are those of fairseq's Transformer where it has the option."""
 
     cell_activation: Optional[Activation] = field(
         default=None,
@@ -55,14 +55,14 @@ class EncoderDecoderConfig(CellConfig):
 
     @property
     def activation(self) -> str:
-        """Activation of the recurrent unit: the one given, or else what the paper's translation has."""
+        """Activation of the recurrent unit: the one given, or else that of the paper's translation."""
         if self.cell_activation is not None:
             return str(self.cell_activation)
         return "identity" if self.cell in ("lrn", "olrn") else "tanh"
 
 
 class Decoder(FairseqIncrementalDecoder):
-    """What the decoders share: ``forward``, with the arguments of fairseq's Transformer."""
+    """Base of the decoders: ``forward``, with the arguments of fairseq's Transformer."""
 
     def forward(
         self,
@@ -83,16 +83,16 @@ class Decoder(FairseqIncrementalDecoder):
             encoder_out: what the model's encoder returns
             incremental_state: keeps the states between calls that decode word by word
             features_only: return features (B, T, C) instead of scores
-            full_context_alignment: must be False, as a recurrence reads no later words
-            alignment_layer: whose attention to return (default: ``--alignment-layer``'s, or the last one's);
-                of no effect where one layer attends
+            full_context_alignment: must be False, since a recurrence reads no later words
+            alignment_layer: layer whose attention is returned (default: ``--alignment-layer``, or the last
+                one); no effect if only one layer attends
             alignment_heads: average over this many heads (default: ``--alignment-heads``, or all)
-            src_lengths: not used, the padding is read off the encoder's mask
-            return_all_hiddens: return what goes into the first layer and comes out of each
+            src_lengths: not used; the encoder's mask shows the padding
+            return_all_hiddens: return the first layer's input and each layer's output
 
         Returns:
-            scores (B, T, V), and a dictionary with ``attn``: [(B, T, S), averaged over heads], of ``lrn``
-            [None] in training without alignments, and ``inner_states``: [(T, B, C)], [] unless asked for
+            scores (B, T, V), and a dictionary. Its ``attn`` is [(B, T, S), averaged over heads], for ``lrn``
+            [None] in training without alignments. Its ``inner_states`` is [(T, B, C)], [] unless asked for.
 
         Raises:
             ValueError: ``full_context_alignment`` is True
@@ -116,7 +116,7 @@ class Decoder(FairseqIncrementalDecoder):
 
 
 class EncoderDecoderModel(FairseqEncoderDecoderModel):
-    """A model of ``config``, ``encoder_class`` and ``decoder_class``, which its subclasses name."""
+    """A model with the ``config``, ``encoder_class`` and ``decoder_class`` that its subclasses name."""
 
     def __init__(self, cfg: EncoderDecoderConfig, encoder, decoder):
         super().__init__(encoder, decoder)
@@ -151,7 +151,7 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
 
     @classmethod
     def from_pretrained(cls, model_name_or_path, checkpoint_file="model.pt", data_name_or_path=".", **kwargs):
-        """As fairseq's; the interface translates with the task ``lrn_translation`` unless one is given."""
+        """As fairseq's, but with the task ``lrn_translation``, unless another task is given."""
         from ..tasks.hub import from_pretrained
 
         return from_pretrained(cls, model_name_or_path, checkpoint_file, data_name_or_path, **kwargs)
@@ -195,7 +195,7 @@ class EncoderDecoderModel(FairseqEncoderDecoderModel):
 
 
 def _check(cfg: EncoderDecoderConfig, task: Any) -> None:
-    """Raise ValueError, in one sentence, for what cannot be built."""
+    """Raise ValueError, in one sentence, for options that do not fit each other."""
     check_positive(
         cfg,
         (

@@ -1,4 +1,4 @@
-"""Models with heads, which belong to one set of labels: fine-tuning to other labels begins with new heads."""
+"""Models with heads for a set of labels. Fine-tuning to other labels starts with new heads."""
 
 import logging
 from collections import defaultdict
@@ -14,8 +14,8 @@ class ModelWithHeads(BaseFairseqModel):
     """A model that loads a checkpoint whose heads differ from its own, as fairseq's RoBERTa does.
 
     Heads of the checkpoint that the model lacks, or has in another size, are dropped with a warning. The
-    model's own heads keep their initial weights there. That is for fine-tuning: resuming a training or
-    evaluating with such a head is refused. A subclass gives :meth:`head_of`.
+    model's heads then keep their initial weights. This is for fine-tuning: a model refuses to resume training
+    or evaluate with such a head. A subclass defines :meth:`head_of`.
     """
 
     def __init__(self) -> None:
@@ -23,11 +23,11 @@ class ModelWithHeads(BaseFairseqModel):
         self.new_heads: List[str] = []
 
     def head_of(self, key: str) -> Optional[str]:
-        """Return the name of the head that the parameter ``key`` belongs to, None where it is no head's."""
+        """Return the name of the head that the parameter ``key`` belongs to, or None."""
         raise NotImplementedError
 
     def upgrade_state_dict_named(self, state_dict: Dict[str, Any], name: str) -> None:
-        """Put the model's own weights in place of heads that do not fit, in ``state_dict``."""
+        """Replace heads that do not fit by the model's weights, in ``state_dict``."""
         super().upgrade_state_dict_named(state_dict, name)
         saved, own = self._heads(state_dict), self._heads(self.state_dict())
         for head, weights in saved.items():
@@ -45,7 +45,7 @@ class ModelWithHeads(BaseFairseqModel):
         """As fairseq's, before each step of training.
 
         Raises:
-            ValueError: training resumes, so that the optimizer's state is another head's
+            ValueError: training resumes, so the optimizer's state is that of another head
         """
         super().set_num_updates(num_updates)
         if self.new_heads and num_updates > 0:

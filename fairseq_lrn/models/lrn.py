@@ -17,7 +17,7 @@ from .lrn_encoder import LRNEncoder
 
 @dataclass
 class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
-    """Options of the ``lrn`` model; where fairseq's Transformer has the same option, the name is the same."""
+    """Options of the ``lrn`` model. Names are those of fairseq's Transformer where it has the option."""
 
     activation_fn: ChoiceEnum(utils.get_available_activation_fns()) = field(
         default="relu", metadata={"help": "activation function of the feed-forward layers"}
@@ -82,7 +82,7 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
 
     @classmethod
     def from_namespace(cls, args: Any) -> "LRNConfig":
-        """As :meth:`CellConfig.from_namespace`; ``args``, which fairseq saves, no longer says ``compile``."""
+        """As :meth:`CellConfig.from_namespace`, and remove ``compile`` from ``args``, which fairseq saves."""
         config = super().from_namespace(args)
         if config is not args and config.compile:
             whole = OmegaConf.select(args._get_root(), "model") if isinstance(args, DictConfig) else None
@@ -94,9 +94,9 @@ class LRNConfig(EncoderDecoderConfig, AdaptiveSoftmaxConfig):
 class LRNModel(EncoderDecoderModel):
     """Translate with Lightweight Recurrent Networks and attention.
 
-    Encoder blocks are a bidirectional LRN and a feed-forward layer, decoder blocks an LRN, attention over the
-    encoder and a feed-forward layer, all with pre-norm residuals. No recurrence waits for attention, so that
-    training runs whole sequences through the operator.
+    An encoder block is a bidirectional LRN and a feed-forward layer. A decoder block is an LRN, attention
+    over the encoder and a feed-forward layer. All have pre-norm residuals. No recurrence waits for attention,
+    so training runs whole sequences through the operator.
     """
 
     config, encoder_class, decoder_class = LRNConfig, LRNEncoder, LRNDecoder
@@ -111,7 +111,7 @@ class LRNModel(EncoderDecoderModel):
         """As :meth:`EncoderDecoderModel.build_model`; attention is trained if ``task`` loads alignments.
 
         Raises:
-            ValueError: also for a layer that is not there, or that training with alignments may leave out
+            ValueError: also if the alignment layer does not exist, or if LayerDrop may drop it
         """
         model = super().build_model(cfg, task)
         layer, layers = model.decoder.alignment_layer, model.cfg.decoder_layers
@@ -139,7 +139,7 @@ class LRNModel(EncoderDecoderModel):
             raise ValueError(f"--compile is for lrn and olrn, but --cell is {cfg.cell}")
 
     def __prepare_scriptable__(self) -> "LRNModel":
-        """Raise TypeError for those of fairseq's modules inside that TorchScript cannot compile."""
+        """Raise TypeError if the model has modules of fairseq that TorchScript cannot compile."""
         for option in ("offload_activations", "checkpoint_activations", "quant_noise_pq"):
             if getattr(self.cfg, option):
                 raise TypeError(
@@ -150,9 +150,9 @@ class LRNModel(EncoderDecoderModel):
         return self
 
     def load_state_dict(self, state_dict, strict=True, model_cfg=None, args=None):
-        """As :meth:`BaseFairseqModel.load_state_dict`, noting in ``model_cfg`` how many layers were kept.
+        """As :meth:`BaseFairseqModel.load_state_dict`, and write the number of kept layers to ``model_cfg``.
 
-        So a checkpoint of a model that was pruned and trained on says what it holds.
+        So the checkpoint of a pruned and then trained model has the right configuration.
         """
         result = super().load_state_dict(state_dict, strict, model_cfg, args)
         self._refresh()
@@ -162,12 +162,12 @@ class LRNModel(EncoderDecoderModel):
         return result
 
     def train(self, mode: bool = True) -> "LRNModel":
-        """As :meth:`nn.Module.train`; a translator packs the weights again."""
+        """As :meth:`nn.Module.train`. A translator then packs the weights again."""
         self._refresh()
         return super().train(mode)
 
     def make_generation_fast_(self, **kwargs) -> None:
-        """As fairseq calls it before it translates: from now on a translator computes what it knows."""
+        """fairseq calls this before it translates: from now on a translator runs the parts that it knows."""
         from ..inference import Translator
 
         super().make_generation_fast_(**kwargs)

@@ -23,8 +23,8 @@ from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 class LRNDecoder(Decoder):
     """Embeddings and ``cfg.decoder_layers`` blocks of LRN, attention over the encoder and feed-forward.
 
-    While decoding word by word it keeps one (N, C) state a layer, (N, 2·C) with LSTM, for N hypotheses, and
-    keys and values of their B sentences.
+    While it decodes word by word, it keeps keys and values of B sentences. For their N hypotheses it keeps
+    one state (N, C) a layer, (N, 2·C) with LSTM.
 
     Args:
         cfg: an :class:`~fairseq_lrn.models.lrn.LRNConfig`
@@ -142,7 +142,7 @@ class LRNDecoder(Decoder):
         return x, {"attn": [attn], "inner_states": inner_states}
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
+        """Map features (B, T, C) to scores (B, T, V). With adaptive softmax the criterion does this."""
         if self.output_projection is None:
             return features
         if not torch.jit.is_scripting():
@@ -167,5 +167,5 @@ class LRNDecoder(Decoder):
     def reorder_incremental_state_scripting(
         self, incremental_state: Dict[str, Dict[str, Optional[Tensor]]], new_order: Tensor
     ) -> None:
-        """As :meth:`reorder_incremental_state`; fairseq's looks for further states in every module."""
+        """As :meth:`reorder_incremental_state`. fairseq's method would look for states in every module."""
         self.reorder_incremental_state(incremental_state, new_order)

@@ -15,7 +15,7 @@ from .lrn_layers import LRNEncoderLayer, build_embedding_dropout, build_layers
 class LRNEncoder(FairseqEncoder):
     """Embeddings and ``cfg.encoder_layers`` blocks of bidirectional LRN and feed-forward.
 
-    No position is embedded: the recurrence knows the order.
+    There are no positional embeddings: the recurrence knows the order.
 
     Args:
         cfg: an :class:`~fairseq_lrn.models.lrn.LRNConfig`
@@ -48,13 +48,13 @@ class LRNEncoder(FairseqEncoder):
 
         Args:
             src_tokens: (B, S) token ids
-            src_lengths: not used, the padding is read off ``src_tokens``
-            return_all_hiddens: return what goes into the first layer and comes out of each
-            token_embeddings: (B, S, C), in place of the embeddings of ``src_tokens``
+            src_lengths: not used; ``src_tokens`` show the padding
+            return_all_hiddens: return the first layer's input and each layer's output
+            token_embeddings: (B, S, C), instead of the embeddings of ``src_tokens``
 
         Returns:
-            ``encoder_out`` [(S, B, C)], ``encoder_padding_mask`` [(B, S)], True at padding, [] without any,
-            and ``encoder_states`` [(S, B, C)], [] unless asked for
+            a dictionary: ``encoder_out`` [(S, B, C)]; ``encoder_padding_mask`` [(B, S)], True at padding, []
+            without any; ``encoder_states`` [(S, B, C)], [] unless asked for
         """
         if not torch.jit.is_scripting():
             other = return_all_hiddens or token_embeddings is not None

@@ -27,11 +27,11 @@ class LRNInferenceConfig(WordEncoderConfig):
 
 @register_model("lrn_inference", dataclass=LRNInferenceConfig)
 class LRNInferenceModel(SentencePredictionModel):
-    """Two sentences read, attended to each other, compared and read again, pooled and classified.
+    """Read two sentences, attend to each other, compare, read again, pool and classify.
 
     The paper's encoder, attention and two stacked bidirectional recurrences, in ESIM's form (Chen et al., ACL
-    2017): each sentence's states beside what they find in the other one's, product and difference of the two,
-    one projection, recurrent layers, attentive pooling.
+    2017). Each state is joined with its context in the other sentence, and with their product and difference.
+    A projection, recurrent layers and attentive pooling follow.
     """
 
     config = LRNInferenceConfig
@@ -56,7 +56,7 @@ class LRNInferenceModel(SentencePredictionModel):
 
     @classmethod
     def check_task(cls, cfg: Any) -> None:
-        """Raise ValueError as the base class does, and where sentences would be split at a wrong place."""
+        """Raise ValueError as the base class does, and if sentences would be split at a wrong place."""
         super().check_task(cfg)
         if getattr(cfg, "init_token", None) == Dictionary().eos():
             raise ValueError("--init-token is </s>, which ends the first sentence, but must be another one")
@@ -66,10 +66,10 @@ class LRNInferenceModel(SentencePredictionModel):
             )
 
     def extract_features(self, src_tokens: Tensor) -> Tensor:
-        """Map pairs (B, T), of two sentences that each end in ``</s>``, padded on either side, to (B, C).
+        """Map pairs of sentences (B, T), padded on either side, to (B, C). Each sentence ends in ``</s>``.
 
         Raises:
-            ValueError: a row is not of two sentences
+            ValueError: a row does not have two sentences
         """
         x, padding_mask = self.encoder(split_pairs(src_tokens, self.eos, self.encoder.padding_idx))
         attended = attend_to_other(x, padding_mask)
@@ -81,7 +81,7 @@ class LRNInferenceModel(SentencePredictionModel):
 def split_pairs(tokens: Tensor, eos: int, padding_idx: int) -> Tensor:
     """Split pairs (B, T) after the first ``eos``: the first sentences, then the second ones, (2·B, S).
 
-    They are padded on the right, S being the longest one's length.
+    They are padded on the right to the length S of the longest one.
 
     Raises:
         ValueError: a row ends with its first ``eos``, or has none
@@ -102,7 +102,7 @@ def split_pairs(tokens: Tensor, eos: int, padding_idx: int) -> Tensor:
 
 
 def attend_to_other(x: Tensor, padding_mask: Optional[Tensor]) -> Tensor:
-    """Return what each token finds in the other sentence of its pair, with dot products as ESIM has them.
+    """Return each token's context in the other sentence of its pair, by dot products as in ESIM.
 
     Args:
         x: (T, 2·B, C) the first sentences' states, then the second ones'

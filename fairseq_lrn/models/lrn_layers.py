@@ -19,7 +19,7 @@ from .base import Dropout
 
 
 def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: float) -> nn.ModuleList:
-    """Return ``number`` blocks ``layer(cfg)``; training leaves out each with probability ``layerdrop``."""
+    """Return ``number`` blocks ``layer(cfg)``; training drops each with probability ``layerdrop``."""
     layers = LayerDropModuleList(p=layerdrop) if layerdrop > 0 else nn.ModuleList()
     min_params_to_wrap = cfg.min_params_to_wrap
     for _ in range(number):
@@ -34,7 +34,7 @@ def build_layers(layer: Callable[..., nn.Module], cfg, number: int, layerdrop: f
 
 
 class WordDropout(FairseqDropout):
-    """Dropout of full words: all C elements of a position go together (Sennrich et al., WMT 2016)."""
+    """Dropout of full words: it drops all C elements of a position (Sennrich et al., WMT 2016)."""
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Return ``x`` (T, B, C) with words dropped while training, or with ``--retain-dropout``."""
@@ -49,7 +49,7 @@ def build_embedding_dropout(cfg, name: str) -> nn.Module:
 
 
 def build_linear(in_features: int, out_features: int, cfg) -> nn.Module:
-    """Return fairseq's ``Linear``, with quantization noise on its weights where ``cfg`` asks for it."""
+    """Return fairseq's ``Linear``, with quantization noise on its weights if ``cfg`` asks for it."""
     return quant_noise(Linear(in_features, out_features), cfg.quant_noise_pq, cfg.quant_noise_pq_block_size)
 
 
@@ -73,8 +73,8 @@ class FeedForward(nn.Module):
 class EncoderAttention(nn.Module):
     """Multi-head attention (Vaswani et al., 2017) of target positions over the encoder's output.
 
-    The parameters are those of fairseq's ``MultiheadAttention``. Keys and values are made once, and each
-    sentence has them once for all its hypotheses, which ask together.
+    The parameters are those of fairseq's ``MultiheadAttention``. Keys and values are computed once for each
+    sentence. All its hypotheses use them together.
     """
 
     def __init__(self, cfg):
@@ -102,16 +102,16 @@ class EncoderAttention(nn.Module):
     def forward(
         self, x: Tensor, keys_values: Tensor, padding_mask: Optional[Tensor], need_weights: bool
     ) -> Tuple[Tensor, Optional[Tensor]]:
-        """Look for each target position.
+        """Attend from each target position.
 
         Args:
-            x: (T, N, C), N being B, or a multiple of it, the hypotheses of a sentence next to each other
+            x: (T, N, C). N is B or a multiple of it; the hypotheses of a sentence are next to each other.
             keys_values: of B sentences, from :meth:`project`
             padding_mask: (B, S), True at padding
             need_weights: return the weights
 
         Returns:
-            what was found, (T, N, C), and weights (heads, N, T, S) or None
+            context (T, N, C), and weights (heads, N, T, S) or None
         """
         keys, values = keys_values.unbind(0)
         steps, rows, sentences = x.size(0), x.size(1), keys.size(0)
@@ -194,10 +194,10 @@ class LRNDecoderLayer(nn.Module):
         """Run one block.
 
         Args:
-            x: (T, N, C), N being B, or a multiple of it, the hypotheses of a sentence next to each other
+            x: (T, N, C). N is B or a multiple of it; the hypotheses of a sentence are next to each other.
             encoder_out: (S, B, C_encoder)
             encoder_padding_mask: (B, S), True at padding
-            state: the recurrence's before the first step, (1, N, C), LSTM's (1, N, 2·C), zeros if None
+            state: of the recurrence before the first step, (1, N, C), LSTM's (1, N, 2·C), zeros if None
             padding_mask: (N, T), True at padding
             keys_values: those that an earlier call made of ``encoder_out``
             need_attn: return the attention weights

@@ -28,7 +28,7 @@ from .base import (
 
 @dataclass
 class LRNLanguageModelConfig(CellConfig, AdaptiveSoftmaxConfig):
-    """Options of ``lrn_lm``; what fairseq's ``lstm_lm`` and ``transformer_lm`` have too is named as there."""
+    """Options of ``lrn_lm``. Names are those of fairseq's ``lstm_lm`` and ``transformer_lm``."""
 
     decoder_embed_dim: int = field(default=512, metadata={"help": "decoder embedding dimension"})
     decoder_hidden_size: int = field(default=512, metadata={"help": "decoder hidden size"})
@@ -56,7 +56,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
     """Embeddings, ``cfg.decoder_layers`` layers of a recurrent unit, and a softmax.
 
     Dropout is that of AWD-LSTM (Merity et al., ICLR 2018): of whole words, and locked at the input, between
-    layers and at the output. Where the unit is not as wide as the embeddings, a matrix projects its output to
+    layers and at the output. If the unit is not as wide as the embeddings, a matrix projects its output to
     their width, unless a mixture of softmaxes does so.
 
     Args:
@@ -126,20 +126,20 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
             encoder_out: not used
             incremental_state: keeps the states between calls that decode word by word
             features_only: return features (B, T, C) instead of scores
-            full_context_alignment: must be False, as a recurrence reads no later words
-            alignment_layer, alignment_heads: must be None, as there is nothing to attend to
+            full_context_alignment: must be False, since a recurrence reads no later words
+            alignment_layer, alignment_heads: must be None, since there is nothing to attend to
             src_lengths: not used
-            return_all_hiddens: return what goes into the first layer and comes out of each
-            block: number, from 0, of the block of text in each row's stream: the states that the block before
-                ended with are carried on, detached, if that or this was the last one read in the same mode,
-                training or evaluation; else the states are zeros, as they are with None
+            return_all_hiddens: return the first layer's input and each layer's output
+            block: number, from 0, of the block of text in each row's stream. The block starts with the last
+                states of the block before, detached, if that block or this one was the last that was read in
+                the same mode, training or evaluation. Otherwise, and with None, it starts with zeros.
 
         Returns:
-            scores (B, T, V), log-probabilities with a mixture of softmaxes, features (B, T, C) with adaptive
-            softmax, and None, or, if asked for, a dictionary with ``inner_states``: [(T, B, C)]
+            scores (B, T, V), log-probabilities with a mixture of softmaxes, or features (B, T, C) with
+            adaptive softmax; and None, or, if asked for, a dictionary with ``inner_states``: [(T, B, C)]
 
         Raises:
-            ValueError: an argument that must be False or None is not
+            ValueError: an argument that must be False or None has another value
         """
         x, extra = self.extract_features(
             prev_output_tokens,
@@ -207,7 +207,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
         return x.transpose(0, 1), None if inner_states is None else {"inner_states": inner_states}
 
     def output_layer(self, features: Tensor) -> Tensor:
-        """Map features (B, T, C) to scores (B, T, V); with adaptive softmax the criterion does it."""
+        """Map features (B, T, C) to scores (B, T, V). With adaptive softmax the criterion does this."""
         return features if self.output_projection is None else project(self.output_projection, features)
 
     def max_positions(self) -> int:
@@ -225,7 +225,7 @@ class LRNLanguageModelDecoder(FairseqIncrementalDecoder):
 
 @register_model("lrn_lm", dataclass=LRNLanguageModelConfig)
 class LRNLanguageModel(NoTorchScript, FairseqLanguageModel):
-    """Predict each next word of a text with recurrent layers; the text may be of any length."""
+    """Predict each next word of a text with recurrent layers. The text may have any length."""
 
     @classmethod
     def build_model(cls, cfg, task):
@@ -246,7 +246,7 @@ class LRNLanguageModel(NoTorchScript, FairseqLanguageModel):
 
 
 def _check(cfg: LRNLanguageModelConfig, task) -> None:
-    """Raise ValueError, in one sentence, for what cannot be built."""
+    """Raise ValueError, in one sentence, for options that do not fit each other."""
     check_positive(cfg, ("decoder_embed_dim", "decoder_hidden_size", "decoder_layers"))
     check_cell(cfg)
     if cfg.mixture_of_softmaxes < 0:

@@ -15,7 +15,7 @@ from .word_encoder import WordEncoder, WordEncoderConfig
 
 
 class GatedAttention(nn.Module):
-    """What each token finds in a memory, beside the token, with a gate over both (Wang et al., ACL 2017)::
+    """Join each token with its context in a memory, with a gate over both (Wang et al., ACL 2017)::
 
         a = softmax(relu(x W) · relu(m U) / sqrt(C / 2))        y = [x, a m]        output = sigmoid(y V) ⊙ y
 
@@ -42,14 +42,14 @@ class GatedAttention(nn.Module):
 class LRNReaderModel(NoTorchScript, BaseFairseqModel):
     """R-Net (Wang et al., ACL 2017) with any recurrent unit (Zhang and Sennrich, ACL 2019).
 
-    One encoder reads question and passage. The passage attends to the question and is read again, then to
-    itself and is read again. A pointer, additive attention over the passage, scores the answer's first token
-    with the pooled question as query, and its last one after a step of the unit: from that question, over
-    what the first scores attend to.
+    One encoder reads question and passage. The passage attends to the question and is read again. Then it
+    attends to itself and is read again. A pointer, additive attention over the passage, scores the answer's
+    first token with the pooled question as query. The unit then makes one step: its state is the question,
+    its input is what the first scores attend to. The pointer scores the last token with the new state.
 
     As in the code of the LRN paper's authors, both attentions are scaled dot products over whole sequences,
-    which no recurrence waits for. Simpler than there: of the encoder only the last layer is used, not all of
-    them side by side, a convolution and not a recurrence reads the characters, and there is no ELMo.
+    and no recurrence waits for them. Three things are simpler than there. Only the encoder's last layer is
+    used, not all layers. A convolution reads the characters, not a recurrence. There is no ELMo.
 
     Args:
         cfg: a :class:`~fairseq_lrn.models.word_encoder.WordEncoderConfig`

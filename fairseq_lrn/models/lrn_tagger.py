@@ -50,19 +50,19 @@ class LRNTaggerModel(NoTorchScript, ModelWithHeads):
         return cls(cfg, task.source_dictionary, task.target_dictionary, task.cfg.max_word_length)
 
     def head_of(self, key: str) -> Optional[str]:
-        """Return "tagging head" for the parameters of the random field and of what scores its tags."""
+        """Return "tagging head" for the parameters of the random field and of its scores."""
         return "tagging head" if key.startswith(("projection.", "crf.")) else None
 
     def forward(
         self, src_tokens: Tensor, src_lengths: Tensor, src_chars: Optional[Tensor] = None
     ) -> Dict[str, Tensor]:
-        """Score each tag of each word, as the random field takes it.
+        """Score each tag of each word, for the random field.
 
         Args:
             src_tokens: (B, T) word ids of sentences with at least one word, padded on the right
             src_lengths: (B,) words of each sentence
-            src_chars: (B, T, max_word_length) bytes of each word as
-                :func:`~fairseq_lrn.tasks.words.encode_chars` gives them, where the model reads them
+            src_chars: (B, T, max_word_length) bytes of each word, from
+                :func:`~fairseq_lrn.tasks.words.encode_chars`, if the model reads them
 
         Returns:
             ``emissions`` (B, T, N), ``mask`` (B, T), False at padding, and ``sample_size``, the words

@@ -1,4 +1,4 @@
-"""What the models for fairseq's task and criterion ``sentence_prediction`` share."""
+"""Shared by the models for fairseq's task and criterion ``sentence_prediction``."""
 
 from typing import Any, Dict, Optional, Tuple
 
@@ -15,14 +15,15 @@ from .word_encoder import WordEncoder, WordEncoderConfig
 class SentencePredictionModel(NoTorchScript, ModelWithHeads):
     """Words, recurrence, one vector of features a sentence, and classification heads over it.
 
-    A subclass names its ``config`` and gives ``feature_size`` and :meth:`extract_features`.
+    A subclass names its ``config`` and defines ``feature_size`` and :meth:`extract_features`.
 
     Args:
         cfg: a :class:`~fairseq_lrn.models.word_encoder.WordEncoderConfig`
         dictionary: of the words
 
     Raises:
-        ValueError: as :class:`~fairseq_lrn.models.word_encoder.WordEncoder`, or characters are asked for
+        ValueError: as :class:`~fairseq_lrn.models.word_encoder.WordEncoder`, or the options ask for
+            characters
     """
 
     config = WordEncoderConfig
@@ -50,7 +51,7 @@ class SentencePredictionModel(NoTorchScript, ModelWithHeads):
 
     @classmethod
     def check_task(cls, cfg: Any) -> None:
-        """Raise ValueError where the task's configuration ``cfg`` asks for other inputs than words."""
+        """Raise ValueError if the task's configuration ``cfg`` asks for other inputs than words."""
         for name in ("add_prev_output_tokens", "d2v2_multi"):
             if getattr(cfg, name, False):
                 option = name.replace("_", "-")
@@ -73,7 +74,7 @@ class SentencePredictionModel(NoTorchScript, ModelWithHeads):
         """Return the labels (B, 1).
 
         Raises:
-            ValueError: the data has none
+            ValueError: the data have no labels
         """
         if "target" not in sample:
             raise ValueError("the data has no labels: its folder label lacks the split that is read")
@@ -95,7 +96,7 @@ class SentencePredictionModel(NoTorchScript, ModelWithHeads):
         Args:
             src_tokens: (B, T) word ids
             src_lengths: not needed
-            features_only: not needed, there is nothing but features and heads
+            features_only: not needed: there are only features and heads
             classification_head_name: a registered head
 
         Returns:

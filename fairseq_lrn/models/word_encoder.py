@@ -1,4 +1,4 @@
-"""Words, their characters and recurrent layers: the encoder of the models that read without writing."""
+"""Words, their characters and recurrent layers: the encoder of the models that do not write text."""
 
 from dataclasses import dataclass, field
 from typing import Dict, List, Optional, Tuple
@@ -29,7 +29,7 @@ class WordEncoderConfig(CellConfig):
 
 
 class WordEncoder(nn.Module):
-    """Embeddings of words, with a convolution over their bytes beside them, and bidirectional recurrence.
+    """Embeddings of words, a convolution over their bytes, and a bidirectional recurrence.
 
     Args:
         cfg: a :class:`WordEncoderConfig`
@@ -37,8 +37,8 @@ class WordEncoder(nn.Module):
         max_word_length: bytes given of each word, where ``cfg.char_embed_dim`` is not 0
 
     Raises:
-        ValueError: sizes that are not positive, words of less than 3 bytes, an activation that the unit has
-            not, vectors of another width
+        ValueError: sizes that are not positive, words of less than 3 bytes, an activation that the unit does
+            not take, vectors of another width
     """
 
     def __init__(self, cfg: WordEncoderConfig, dictionary: Dictionary, max_word_length: int = 0) -> None:
@@ -84,8 +84,8 @@ class WordEncoder(nn.Module):
 
         Args:
             src_tokens: (B, T) word ids
-            src_chars: (B, T, max_word_length) bytes of each word as
-                :func:`~fairseq_lrn.tasks.words.encode_chars` gives them, where the model reads them
+            src_chars: (B, T, max_word_length) bytes of each word, from
+                :func:`~fairseq_lrn.tasks.words.encode_chars`, if the model reads them
 
         Returns:
             output (T, B, ``output_size``) and padding mask (B, T), True at padding, None without any
@@ -99,10 +99,10 @@ class WordEncoder(nn.Module):
 
 
 def load_vectors(path: str, dictionary: Dictionary, embedding: nn.Embedding) -> None:
-    """Copy into ``embedding`` (V, C) the vectors that the text file ``path`` has for the dictionary's words.
+    """Copy the vectors of the text file ``path`` for the dictionary's words into ``embedding`` (V, C).
 
-    A line is a word and C numbers; word2vec's first line, two counts, is passed over. A word that is not in
-    the file gets the vector of its lower-case form.
+    A line is a word and C numbers. word2vec's first line, two counts, is skipped. A word that is not in the
+    file gets the vector of its lower-case form.
 
     Raises:
         ValueError: a vector is narrower than C, or there is none of width C for any of the words

@@ -1,4 +1,4 @@
-"""Attention of one query at a time over a memory, for recurrences that wait for what it finds."""
+"""Attention of one query at a time over a memory, for recurrences that depend on its result."""
 
 from typing import Optional, Tuple
 
@@ -11,10 +11,10 @@ from .linear import project
 
 
 class StepAttention(nn.Module):
-    """Multi-head attention whose keys are computed once a sequence; each head reads its part of the memory.
+    """Multi-head attention whose keys are computed once a sequence. Each head reads a part of the memory.
 
-    Additive: a head's score of a key is w · tanh(query W + memory U) (Bahdanau et al., 2015); dot: the scaled
-    product of the two (Vaswani et al., 2017).
+    Additive: a head's score of a key is w · tanh(query W + memory U) (Bahdanau et al., 2015). Dot: it is the
+    scaled product of the two (Vaswani et al., 2017).
 
     Args:
         query_dim: width of the query
@@ -45,7 +45,7 @@ class StepAttention(nn.Module):
         """Return the keys (S, B, C) of a memory (S, B, C), and the memory with zeros at padding.
 
         Raises:
-            ValueError: ``memory`` has not that shape, or ``padding_mask`` (B, S) does not fit it
+            ValueError: ``memory`` has another shape, or ``padding_mask`` (B, S) does not fit it
             TypeError: a dtype is wrong
         """
         check_sequences("memory", memory, self.key.in_features, self.key.weight)
@@ -71,7 +71,7 @@ class StepAttention(nn.Module):
     def forward(
         self, query: Tensor, keys: Tensor, memory: Tensor, padding_mask: Optional[Tensor]
     ) -> Tuple[Tensor, Tensor]:
-        """Look for each of N queries, N / B for each memory, next to each other.
+        """Attend with N queries; the N / B of a memory are next to each other.
 
         Args:
             query: (N, query_dim)

@@ -8,10 +8,10 @@ from ..ops._library import eager
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each element of ``x`` with probability ``p``, divide the others by 1 - p: ``F.dropout``.
+    """``F.dropout``: zero each element of ``x`` with probability ``p``, and divide the others by 1 - p.
 
-    On the CPU 16 random bits decide an element, p being rounded to a multiple of 2**-16; ``F.dropout`` draws
-    a number for each, which takes it most of its time. Tracing, compiling and ``torch.func`` take
+    On the CPU 16 random bits decide an element, and p is rounded to a multiple of 2**-16. ``F.dropout`` draws
+    a number for each element, which takes most of its time. Tracing, compiling and ``torch.func`` use
     ``F.dropout``.
 
     Args:

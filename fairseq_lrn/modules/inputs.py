@@ -1,4 +1,4 @@
-"""What modules take: checks of it, and padding that does not matter, whatever it is."""
+"""Checks of the inputs of modules, and zeros at padding."""
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ def check_like(argument: str, x: Tensor, parameter: Tensor) -> None:
 
 
 def check_sequences(argument: str, x: Tensor, width: int, parameter: Tensor) -> None:
-    """Raise unless ``x`` is (T, B, width) and as :func:`check_like` asks."""
+    """Raise unless ``x`` is (T, B, width) and passes :func:`check_like`."""
     check_like(argument, x, parameter)
     if x.dim() != 3 or x.size(2) != width:
         raise ValueError(f"{argument} must have shape (T, B, {width}), got {list(x.shape)}")
@@ -34,8 +34,8 @@ def zero_padding(x: Tensor, padding_mask: Tensor) -> Tensor:
         padding_mask: (B, T) bool, True at padding
 
     Returns:
-        (T, B, C); on the CPU ``x`` itself if all of its padding is between -1000 and 1000, which is cheaper
-        to see than to write; other finite numbers may overflow in what reads them
+        (T, B, C). On the CPU it is ``x`` itself if all of its padding is between -1000 and 1000; checking is
+        cheaper than writing. Other finite numbers may overflow later.
 
     Raises:
         TypeError: ``padding_mask`` is not bool

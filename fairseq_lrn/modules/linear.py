@@ -1,4 +1,4 @@
-"""The place where this package's modules and models choose how a linear layer is computed."""
+"""Here this package's modules and models choose how a linear layer is computed."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ _FORWARD = nn.Linear.forward
 
 
 def is_plain(module: nn.Module, kind: Any) -> bool:
-    """Whether ``module`` does what its type ``kind`` does: it has no hooks and no ``forward`` of its own."""
+    """Whether ``module`` is exactly a ``kind``: it has no hooks, and its ``forward`` was not replaced."""
     return (
         type(module) is kind
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
@@ -23,10 +23,10 @@ def is_plain(module: nn.Module, kind: Any) -> bool:
 
 
 def project(layer: nn.Module, x: Tensor) -> Tensor:
-    """``layer(x)``; by the faster :func:`~fairseq_lrn.ops.linear` where it is a plain ``nn.Linear``.
+    """``layer(x)``; a plain ``nn.Linear`` uses the faster :func:`~fairseq_lrn.ops.linear`.
 
-    Whatever else stands in the layer's place is called: adapters, quantized layers, layers with hooks or
-    parametrizations. TorchScript takes no module as an argument, so there a caller calls the layer itself.
+    Any other module is called: adapters, quantized layers, layers with hooks or parametrizations. TorchScript
+    takes no module as an argument, so there a caller calls the layer itself.
     """
     plain = is_plain(layer, nn.Linear) and type(layer.weight) in (nn.Parameter, Tensor)
     plain = plain and nn.Linear.forward is _FORWARD

@@ -49,7 +49,7 @@ class _Loss(torch.autograd.Function):
 def linear_cross_entropy(
     x: Tensor, weight: Tensor, target: Tensor, label_smoothing: float = 0.0
 ) -> Tuple[Tensor, Tensor]:
-    """Return the loss of scores ``x @ weight.T`` without an array of all of them, and without smoothing.
+    """Return the loss of scores ``x @ weight.T``, with and without smoothing, and never hold all scores.
 
     It is fairseq's ``label_smoothed_nll_loss``: each wrong word gets label_smoothing / (V - 1). The softmax
     and the sums are in float32.
@@ -61,7 +61,8 @@ def linear_cross_entropy(
         label_smoothing: from 0 to 1
 
     Returns:
-        two sums over N, float32: the loss, differentiable once, and the negative log-likelihood, which is not
+        two sums over N, float32: the loss, differentiable once, and the negative log-likelihood, without
+            gradient
 
     Raises:
         TypeError: another dtype

@@ -1,4 +1,4 @@
-"""LRN, the Lightweight Recurrent Network, as a module that stands in for ``torch.nn.GRU``."""
+"""LRN, the Lightweight Recurrent Network, as a module that can replace ``torch.nn.GRU``."""
 
 import copy
 import inspect
@@ -28,35 +28,35 @@ class LRN(nn.Module):
         f_t = sigmoid(q_t - h_{t-1})
         h_t = g(i_t * v_t + f_t * h_{t-1})     all element-wise
 
-    and, with ``output_gate`` (oLRN), ``c_t = g(...)`` and ``h_t = sigmoid(o_t - c_t) * c_t``, o_t being a
-    fourth part of the product.
+    With ``output_gate`` (oLRN), ``c_t = g(...)`` and ``h_t = sigmoid(o_t - c_t) * c_t``. o_t is a fourth part
+    of the product.
 
     Args:
         input_size: features of the input.
         hidden_size: features of the state, H below.
         num_layers: layers; each reads the output of the one below.
         bias: whether the projection of x has a bias.
-        batch_first: input and output are (B, T, ...) instead of (T, B, ...); hx and h_n are not affected.
+        batch_first: input and output are (B, T, ...) instead of (T, B, ...). hx and h_n are not affected.
         dropout: probability of zeroing an element of the output of every layer but the last, in training.
-        bidirectional: a second direction reads the sequence from its end; outputs are concatenated.
+        bidirectional: a second direction reads the sequence from its end. Outputs are concatenated.
         activation: g, ``"tanh"`` or ``"identity"``.
         output_gate: oLRN.
         layer_norm: normalises the projection of x, q|k|v(|o) of a direction together, before the recurrence.
         device, dtype: of the parameters.
 
-    Parameters, for layer k, with D directions (1 or 2) and P parts (3, or 4 with ``output_gate``); rows are
-    the forward direction's q|k|v(|o), then the backward direction's:
+    Parameters of layer k, with D directions (1 or 2) and P parts (3, or 4 with ``output_gate``). Rows are the
+    forward direction's q|k|v(|o), then the backward direction's:
 
         weight_ih_l{k}: (D*P*H, input_size), or (D*P*H, D*H) above the first layer.
         bias_ih_l{k}: (D*P*H,), with ``bias``.
         ln_weight_l{k}, ln_bias_l{k}: (D*P*H,), with ``layer_norm``.
 
-    The matrix of each gate and direction is initialised by itself, Xavier-uniform, biases with zeros. That
-    keeps the gradient alive through a deep stack: with 8 layers of width 128, normal input and either
-    activation, the norms of the layers' weight gradients stay within a factor of 1.6 of each other (five
-    seeds); with ``nn.GRU``'s U(-1/sqrt(H), 1/sqrt(H)) the first layer's is 1/20 to 1/50 of the last one's.
+    Each gate's matrix in each direction is initialised Xavier-uniform, and biases are zeros. That keeps the
+    gradient alive through a deep stack. With 8 layers of width 128, normal input and either activation, the
+    norms of the layers' weight gradients stay within a factor of 1.6 of each other (five seeds). With
+    ``nn.GRU``'s U(-1/sqrt(H), 1/sqrt(H)) the first layer's is 1/20 to 1/50 of the last one's.
 
-    ``torch.jit.script`` takes it for tensors, not for a ``PackedSequence``.
+    ``torch.jit.script`` takes it for tensors, but not for a ``PackedSequence``.
 
     Raises:
         ValueError: an argument is out of range; the message names it.
@@ -98,7 +98,7 @@ class LRN(nn.Module):
         device=None,
         dtype=None,
     ) -> None:
-        """Make and initialise the parameters; the arguments are described with the class."""
+        """Make and initialise the parameters. The class describes the arguments."""
         super().__init__()
         for name, size in (
             ("input_size", input_size),
@@ -163,14 +163,14 @@ class LRN(nn.Module):
     @torch.jit.unused  # type: ignore[prop-decorator]
     @property
     def _flat_weights(self) -> List[Tensor]:
-        """All of them in one list, which programs for ``nn.GRU`` read; to replace one, set it by its name."""
+        """All parameters in one list, as programs for ``nn.GRU`` read it. Set a parameter by its name."""
         return [weight for layer in self.all_weights for weight in layer]
 
     def flatten_parameters(self) -> None:
         """Do nothing: a layer's weights are one tensor already."""
 
     def extra_repr(self) -> str:
-        """Sizes, then whatever differs from the defaults."""
+        """Sizes, then all arguments that differ from the defaults."""
         text = f"{self.input_size}, {self.hidden_size}"
         parameters = inspect.signature(LRN).parameters
         for name in self.__constants__[2:]:
@@ -180,7 +180,7 @@ class LRN(nn.Module):
         return text
 
     def __prepare_scriptable__(self) -> "LRN":
-        """What TorchScript compiles: it reads no attribute by a computed name, so it gets a list."""
+        """Return a copy for TorchScript, with a list of weights, as TorchScript cannot compute names."""
         scriptable = copy.copy(self)
         scriptable._weights = self.all_weights
         return scriptable
@@ -200,13 +200,13 @@ class LRN(nn.Module):
 
         Returns:
             output: states of the last layer, with D*H features, in the form of the input. At padding each
-                direction repeats the state that it last had, hx or zeros to begin with; only those of a
-                ``PackedSequence`` are zeros once ``pad_packed_sequence`` has padded them.
-            h_n: every layer's state after its last step that is no padding, shaped and ordered as hx.
+                direction repeats its last state, which is hx or zeros at the beginning. After
+                ``pad_packed_sequence`` the padding of a ``PackedSequence`` is zeros.
+            h_n: every layer's state after its last step that is not padding, shaped and ordered as hx.
 
         Raises:
             ValueError: a shape or device is wrong; the message names the argument.
-            TypeError: an argument is no tensor, or a dtype is wrong; the message names the argument.
+            TypeError: an argument is not a tensor, or a dtype is wrong; the message names the argument.
         """
         if not torch.jit.is_scripting():
             for name, value in (("hx", hx), ("padding_mask", padding_mask)):

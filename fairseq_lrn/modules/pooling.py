@@ -10,7 +10,7 @@ from .inputs import check_sequences, zero_padding
 
 
 class AttentivePooling(nn.Module):
-    """The mean of a sequence's states, weighted by how well each answers a learnt query (Yang et al., 2016)::
+    """The mean of a sequence's states, weighted by a learnt query (Yang et al., 2016)::
 
         a = softmax(u · tanh(x W + b))        output = sum of a_t x_t over the real tokens
 
@@ -24,10 +24,10 @@ class AttentivePooling(nn.Module):
         self.query = nn.Linear(size, 1, bias=False)
 
     def forward(self, x: Tensor, padding_mask: Optional[Tensor] = None) -> Tensor:
-        """Pool states (T, B, C) to (B, C); ``padding_mask`` (B, T) is True at padding, False somewhere.
+        """Pool states (T, B, C) to (B, C); ``padding_mask`` (B, T) is True at padding, but not everywhere.
 
         Raises:
-            ValueError: ``x`` has not that shape, or ``padding_mask`` does not fit it
+            ValueError: ``x`` has another shape, or ``padding_mask`` does not fit it
             TypeError: a dtype is wrong
         """
         check_sequences("x", x, self.projection.in_features, self.projection.weight)

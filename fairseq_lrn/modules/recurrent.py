@@ -1,4 +1,4 @@
-"""The recurrent units that LRN is compared with, called as LRN is: one layer, with a padding mask."""
+"""The recurrent units that LRN is compared with. All are called as LRN is, with a padding mask."""
 
 from typing import List, Optional, Tuple
 
@@ -25,7 +25,7 @@ class LRNCell(nn.Module):
         self.rnn = LRN(input_size, hidden_size, activation=activation, output_gate=output_gate)
 
     def project(self, input: Tensor) -> Tensor:
-        """What does not wait for the state: (..., input_size) to (..., 3·hidden_size or 4·hidden_size)."""
+        """The part that does not depend on the state: (..., input_size) to (..., 3·H or 4·H)."""
         return linear(input, self.rnn.weight_ih_l0, self.rnn.bias_ih_l0)
 
     def scan(
@@ -103,7 +103,7 @@ class ATRCell(nn.Module):
         nn.init.zeros_(self.hidden.bias)
 
     def project(self, input: Tensor) -> Tensor:
-        """What does not wait for the state: (..., input_size) to (..., hidden_size)."""
+        """The part that does not depend on the state: (..., input_size) to (..., hidden_size)."""
         if not torch.jit.is_scripting():
             return project(self.input, input)
         return self.input(input)
@@ -133,7 +133,7 @@ class SRUCell(nn.Module):
             nn.init.xavier_uniform_(part)
 
     def project(self, input: Tensor) -> Tensor:
-        """What does not wait for the state: (..., input_size) to (..., 4·hidden_size)."""
+        """The part that does not depend on the state: (..., input_size) to (..., 4·hidden_size)."""
         return linear(input, self.weight)
 
     def step(self, x: Tensor, state: Tensor) -> Tuple[Tensor, Tensor]:
@@ -145,7 +145,7 @@ class SRUCell(nn.Module):
 
 
 class Unrolled(nn.Module):
-    """A layer of cells that PyTorch runs step by step, the second of ``cells`` against time."""
+    """A layer of cells that PyTorch runs step by step. The second of ``cells`` runs backward."""
 
     def __init__(self, *cells: nn.Module) -> None:
         super().__init__()
@@ -154,7 +154,7 @@ class Unrolled(nn.Module):
     def forward(
         self, input: Tensor, hx: Optional[Tensor] = None, padding_mask: Optional[Tensor] = None
     ) -> Tuple[Tensor, Tensor]:
-        """As :meth:`LRN.forward` on (T, B, C), but zeros at padding: output (T, B, D·H), last states."""
+        """As :meth:`LRN.forward` on (T, B, C), but with zeros at padding: output (T, B, D·H), last states."""
         if not torch.jit.is_scripting():
             first = self.cells[0]
             _check(input, hx, first.input_size, (len(self.cells), first.state_size), next(self.parameters()))
@@ -182,10 +182,10 @@ class Unrolled(nn.Module):
 
 
 class Native(nn.Module):
-    """A layer ``nn.GRU`` or ``nn.LSTM``, which know of padding in packed sequences only.
+    """A layer ``nn.GRU`` or ``nn.LSTM``, which know padding only in packed sequences.
 
-    On CUDA the sequences are packed, so that none may be all padding. On the CPU, where training is then 1.4
-    to 6 times as slow, a direction runs over the words and then over padding, which sets the gates such that
+    On CUDA the sequences are packed, so none may be all padding. On the CPU packing makes training 1.4 to 6
+    times as slow. There a direction runs over the words and then over padding, which sets the gates so that
     the state is carried over.
     """
 
@@ -279,7 +279,7 @@ class Native(nn.Module):
 def _check(
     input: Tensor, hx: Optional[Tensor], width: int, state: Tuple[int, int], parameter: Tensor
 ) -> None:
-    """Raise unless ``input`` is (T, B, width), T > 0, and hx, if given, (D, B, S) of a state (D, S)."""
+    """Raise unless ``input`` is (T, B, width), T > 0, and hx, if given, is (D, B, S) for a state (D, S)."""
     check_sequences("input", input, width, parameter)
     if len(input) == 0:
         raise ValueError("input must have at least one step, got none")
@@ -291,24 +291,24 @@ def _check(
 
 
 def _words_first(padding_mask: Tensor) -> Tensor:
-    """Return, for each sentence of (B, T), where its words are and then where its padding is: (T, B)."""
+    """Return for each sentence of (B, T) the positions of its words, then those of its padding: (T, B)."""
     return padding_mask.byte().argsort(dim=1, stable=True).t()
 
 
 def build_cell(cell: str, input_size: int, hidden_size: int, activation: str = "tanh") -> nn.Module:
-    """Make one step of a recurrent unit, for recurrences that wait for something else at each step.
+    """Make one step of a recurrent unit, for recurrences that need other results at each step.
 
-    It has ``project(input)``, for all steps at once, and ``step(projection, state)``, which returns output
+    It has ``project(input)``, for all steps at once, and ``step(projection, state)``. The step returns output
     (B, H) and next state (B, ``state_size``).
 
     Args:
         cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
         input_size: width of the input
         hidden_size: H
-        activation: "tanh" or "identity", of lrn and olrn; the others have their own
+        activation: "tanh" or "identity", for lrn and olrn; "tanh" for the others
 
     Raises:
-        ValueError: there is no such cell, or it has no such activation
+        ValueError: there is no such cell, or it does not take the activation
     """
     if cell in ("lrn", "olrn"):
         return LRNCell(input_size, hidden_size, activation, cell == "olrn")
@@ -323,9 +323,9 @@ def build_cell(cell: str, input_size: int, hidden_size: int, activation: str = "
 def build_recurrent(
     cell: str, input_size: int, hidden_size: int, bidirectional: bool = False, activation: str = "tanh"
 ) -> nn.Module:
-    """Make one layer of a recurrent unit that is called as :class:`LRN` is, on (T, B, C).
+    """Make one layer of a recurrent unit, which is called as :class:`LRN` is, on (T, B, C).
 
-    Arguments and errors are those of :func:`build_cell`; ``bidirectional`` adds a direction against time.
+    Arguments and errors are those of :func:`build_cell`. ``bidirectional`` adds a backward direction.
     """
     if cell in ("lrn", "olrn"):
         return LRN(
@@ -354,20 +354,20 @@ class LockedDropout(nn.Dropout1d):
 
 
 class StackedRecurrent(nn.Module):
-    """Layers of a recurrent unit, each reading the one below.
+    """Layers of a recurrent unit; each reads the one below.
 
     Args:
         cell: "lrn", "olrn", "gru", "lstm", "atr" or "sru"
         input_size: width of the input
         hidden_size: H, of each direction
         num_layers: number of layers, at least 1
-        bidirectional: with a direction against time, so that D is 2 instead of 1
+        bidirectional: with a backward direction, so D is 2 instead of 1
         dropout: probability with which an input of a layer above the first is zero at every position of a
             sequence (Gal and Ghahramani, NeurIPS 2016)
-        activation: "tanh" or "identity", of lrn and olrn; the others have their own
+        activation: "tanh" or "identity", for lrn and olrn; "tanh" for the others
 
     Raises:
-        ValueError: there is no such cell or number of layers, or it has no such activation
+        ValueError: there is no such cell or number of layers, or the cell does not take the activation
     """
 
     def __init__(
@@ -400,10 +400,10 @@ class StackedRecurrent(nn.Module):
     ) -> Tuple[Tensor, List[Tensor]]:
         """Run all layers over (T, B, input_size); ``padding_mask`` (B, T) is True at padding.
 
-        Where ``outputs`` is a list, each layer's output is added to it.
+        If ``outputs`` is a list, each layer's output is added to it.
 
-        Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H), which
-        are what ``states`` takes; zeros if None.
+        Returns the output (T, B, D·H) and each layer's last states (D, B, H), LSTM's h | c (D, B, 2·H).
+        ``states`` takes such states, zeros if None.
         """
         last = []
         for i, layer in enumerate(self.layers):

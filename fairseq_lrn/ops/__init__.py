@@ -1,4 +1,4 @@
-"""Operators: the LRN recurrence, a linear layer, and what beam search asks of a softmax."""
+"""Operators: the LRN recurrence, a linear layer, and the best words of a softmax for beam search."""
 
 from . import flops  # noqa: F401  registers what it counts
 from .linear import linear

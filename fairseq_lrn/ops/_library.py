@@ -1,4 +1,4 @@
-"""Loads the compiled operators into ``torch.ops.fairseq_lrn``, and says when they serve."""
+"""Loads the compiled operators into ``torch.ops.fairseq_lrn``, and tells when they can be used."""
 
 import warnings
 from pathlib import Path
@@ -41,12 +41,12 @@ loaded = load_library()
 
 
 def transformed() -> bool:
-    """Whether torch.func or forward-mode AD is at work, which know PyTorch's own operators only."""
+    """Whether torch.func or forward-mode AD is active; they know only PyTorch's operators."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def eager() -> bool:
-    """Whether nothing compiles, traces, transforms or watches what runs."""
+    """Whether nothing compiles, traces, transforms or records the operators that run."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()

@@ -10,10 +10,10 @@ from ._library import eager, loaded
 
 
 def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``F.linear``, in float32 on the CPU by oneDNN where PyTorch's own choice, MKL, is slower.
+    """``F.linear``; in float32 on the CPU it uses oneDNN where MKL, PyTorch's choice, is slower.
 
-    That is on processors with AVX-512 that are not Intel's, for 32 rows and more. TorchScript, traced or
-    scripted, ``torch.compile``, autocast and layouts other than strided get ``F.linear``.
+    That is on AVX-512 processors other than Intel's, for 32 rows and more. TorchScript, traced or scripted,
+    ``torch.compile``, autocast and layouts other than strided use ``F.linear``.
 
     Args:
         input: (..., in), any strides
@@ -25,7 +25,7 @@ def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tens
 
     Raises:
         ValueError: bias has another shape, which ``F.linear`` might expand
-        RuntimeError: the others do not fit each other, as in ``F.linear``
+        RuntimeError: input and weight do not fit each other, as in ``F.linear``
     """
     if bias is not None and (bias.dim() != 1 or bias.size(0) != weight.size(0)):
         raise ValueError(f"bias must have shape {[weight.size(0)]}, but has {list(bias.shape)}")

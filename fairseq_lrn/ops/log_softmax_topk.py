@@ -11,21 +11,22 @@ from ._library import loaded
 def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tuple[Tensor, Tensor]:
     """Find the ``k`` greatest log-probabilities of each row: ``scores.log_softmax(1).topk(k)``.
 
-    On the CPU each row of float32 scores is read once and nothing of its length is written. There is no
+    On the CPU the operator reads each row of float32 scores once and writes nothing of that length. There is
+    no
     gradient.
 
     Args:
         scores: (N, V), before the softmax, of any floating dtype; probabilities are computed in float32
         k: at most V less ``exclude``
-        exclude: columns that have their share of the probability but are not picked
+        exclude: columns that count in the softmax but are not returned
 
     Returns:
-        log-probabilities (N, k), float32, in descending order, and their columns (N, k), int64; where scores
-        are NaN or too few finite ones are left, the log-probability is minus infinity
+        log-probabilities (N, k), float32, in descending order, and their columns (N, k), int64. If scores are
+        NaN, or too few are finite, the log-probability is minus infinity.
 
     Raises:
         TypeError: ``scores`` are not floating
-        ValueError: ``scores`` are not strided or have not two axes, or ``k`` or ``exclude`` does not fit them
+        ValueError: ``scores`` are not strided, or not of two axes, or ``k`` or ``exclude`` does not fit
     """
     if not scores.is_floating_point():
         raise TypeError(f"scores must be of a floating dtype, got {scores.dtype}")
@@ -53,7 +54,7 @@ def log_softmax_topk(scores: Tensor, k: int, exclude: Sequence[int] = ()) -> Tup
 def topk(scores: Tensor, k: int, block: int = 128) -> Tuple[Tensor, Tensor]:
     """``scores.topk(k)``, in descending order, for rows that are much longer than ``k``.
 
-    PyTorch's own reads a row many times on a GPU. Here the maxima of blocks tell which blocks have the best.
+    PyTorch's topk reads a row many times on a GPU. Here the maxima of blocks show which blocks have the best.
 
     Args:
         scores: (N, V)

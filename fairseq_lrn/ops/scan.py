@@ -24,8 +24,8 @@ def lrn_scan(
 ) -> Tensor:
     r"""Run the recurrence of a Lightweight Recurrent Network over a batch of sequences.
 
-    Zhang and Sennrich, *A Lightweight Recurrent Network for Sequence Modeling*, ACL 2019, section 3: with
-    q, k and v linear projections of the input, computed for all time steps beforehand,
+    Zhang and Sennrich, *A Lightweight Recurrent Network for Sequence Modeling*, ACL 2019, section 3. q, k and
+    v are linear projections of the input, computed for all time steps beforehand:
 
     .. math::
         i_t &= \sigma(k_t + h_{t-1}) \\
@@ -33,25 +33,26 @@ def lrn_scan(
         c_t &= g(i_t \odot v_t + f_t \odot h_{t-1}) \\
         h_t &= c_t, \text{ or with an output gate (oLRN) } \sigma(o_t - c_t) \odot c_t
 
-    Where ``padding_mask`` is True, :math:`h_t = h_{t-1}` and the projections are not read.
+    Where ``padding_mask`` is True, :math:`h_t = h_{t-1}`, and the projections are not read.
 
-    Differentiable in ``projections`` and ``initial_state``, once by ``backward()``; the transforms of
-    ``torch.func`` and forward-mode AD get :func:`lrn_scan_reference`, which is slower and differentiable any
-    number of times. TorchScript and ``torch.compile`` take it as one operator. The state is kept in float32
-    (float64 for float64 input) whatever the tensors hold. ``FlopCounterMode`` counts each addition,
+    Differentiable in ``projections`` and ``initial_state``, once, by ``backward()``. The transforms of
+    ``torch.func`` and forward-mode AD use :func:`lrn_scan_reference`, which is slower and differentiable any
+    number of times. TorchScript and ``torch.compile`` take it as one operator. The state is in float32
+    (float64 for float64 input) for any dtype of the tensors. ``FlopCounterMode`` counts each addition,
     subtraction, multiplication, sigmoid and tanh of the formulas as one operation, and twice that backward.
 
     Args:
         projections: (T, B, 3·D), q | k | v along the last axis, or (T, B, 4·D), q | k | v | o, with
-            ``output_gate``; float16, bfloat16, float32 or float64, any strides. T and B may be 0.
+            ``output_gate``. They are float16, bfloat16, float32 or float64, with any strides. T and B may be
+            0.
         initial_state: (B, D), of projections' dtype (under autocast it is cast); zeros if None.
-        padding_mask: (B, T) bool, True at padding, which may be anywhere.
+        padding_mask: (B, T) bool, True at padding. Padding may be anywhere.
         activation: g, "tanh" or "identity".
-        output_gate: whether projections hold the output gate's o.
-        reverse: whether time runs from T-1 to 0; the result's order is still the input's.
-        bidirectional: run both directions: the last axis of projections holds the forward direction's
-            q | k | v (| o) and then the backward direction's; initial_state and the result are (B, 2·D) and
-            (T, B, 2·D), forward | backward.
+        output_gate: whether projections hold o, the output gate's part.
+        reverse: whether time runs from T-1 to 0. The result still has the input's order.
+        bidirectional: run both directions. The last axis of projections holds the forward direction's q | k |
+            v (| o) and then the backward direction's. initial_state is (B, 2·D) and the result (T, B, 2·D),
+            forward | backward.
 
     Returns:
         (T, B, D), or (T, B, 2·D) if bidirectional: every state, in projections' dtype.
@@ -138,12 +139,12 @@ def check_padding_mask(padding_mask: Tensor, batch: int, steps: int, x: Tensor) 
         )
     if padding_mask.device != x.device:
         raise ValueError(
-            f"padding_mask must be on the input's device {x.device}, but is on {padding_mask.device}"
+            f"padding_mask must be on {x.device} as the input is, but is on {padding_mask.device}"
         )
 
 
 def check_strided(argument: str, x: Tensor) -> None:
-    """Raise unless ``x`` is an ordinary tensor: not sparse, not nested, not of a library's own layout."""
+    """Raise unless ``x`` is strided and not nested."""
     if x.is_nested:
         raise ValueError(f"{argument} must not be nested")
     if x.layout != torch.strided:

@@ -1,4 +1,4 @@
-"""fairseq tasks, where fairseq has none that fits; importing this package registers them, and criteria."""
+"""fairseq tasks that fairseq itself lacks. Importing this package registers them, and criteria."""
 
 from .. import criterions, fairseq_patches  # noqa: F401
 from .reading_comprehension import ReadingComprehensionTask

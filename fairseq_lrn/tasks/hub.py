@@ -16,7 +16,7 @@ from .translation import LRNTranslationTask
 class TranslationHub(hub_utils.GeneratorHubInterface):
     """fairseq's hub interface, which keeps its generator from call to call.
 
-    After the weights were changed by other ways than ``load_state_dict``, call ``refresh()`` of the model's
+    If you change the weights otherwise than by ``load_state_dict``, call ``refresh()`` of the model's
     ``translator``.
     """
 
@@ -34,7 +34,7 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
         prefix_allowed_tokens_fn: Any = None,
         **kwargs,
     ):
-        """As fairseq's: the hypotheses of each sentence, in order; batches are formed by length."""
+        """As fairseq's: the hypotheses of each sentence, in order. Batches are formed by length."""
         one = torch.is_tensor(tokenized_sentences) and tokenized_sentences.dim() == 1
         if one or verbose or prefix_allowed_tokens_fn is not None:
             rest = (skip_invalid_size_inputs, inference_step_args, prefix_allowed_tokens_fn)
@@ -86,13 +86,13 @@ def from_pretrained(
     """Load as fairseq's ``from_pretrained`` does; a model of task ``translation`` gets ``lrn_translation``.
 
     Args:
-        model_class: whose ``hub_models()`` may name the path
-        path, checkpoint_file, data, kwargs: as fairseq has them; with ``task`` the task is left as it is
-        compute_type: ``float32``, ``bfloat16`` or ``int8``, see :class:`~fairseq_lrn.inference.Translator`;
-            None for the checkpoint's, which is ``float32`` unless it was trained with another
+        model_class: its ``hub_models()`` may name the path
+        path, checkpoint_file, data, kwargs: as in fairseq; with ``task`` the task stays as it is
+        compute_type: ``float32``, ``bfloat16`` or ``int8``, see :class:`~fairseq_lrn.inference.Translator`.
+            None means the checkpoint's, which is ``float32`` unless training used another.
 
     Raises:
-        ValueError: compute_type is none of these, or the task is another than ``lrn_translation``
+        ValueError: compute_type is another value, or the task is not ``lrn_translation``
     """
     if compute_type not in (None, *COMPUTE_TYPES):
         raise ValueError(f"compute_type is {compute_type!r}, but must be one of {', '.join(COMPUTE_TYPES)}")

@@ -39,8 +39,8 @@ class ReadingComprehensionConfig(FairseqDataclass):
 class ReadingComprehensionTask(WordTask):
     """Find the answer to a question as a span of a passage (SQuAD 1.1; Rajpurkar et al., EMNLP 2016).
 
-    The model scores each token as the first and as the last one of the answer, (B, 2, T); with
-    ``--criterion cross_entropy`` the loss is the mean of the two cross entropies, in bits. Validation reports
+    The model scores each token as the first and as the last one of the answer, (B, 2, T). With ``--criterion
+    cross_entropy`` the loss is the mean of the two cross entropies, in bits. Validation reports
     ``em`` and ``f1``, the percentages of SQuAD's evaluation script.
 
     Raises:
@@ -65,7 +65,7 @@ class ReadingComprehensionTask(WordTask):
 
     @property
     def target_dictionary(self) -> None:
-        """None: what is predicted are positions."""
+        """None: the model predicts positions."""
         return None
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> None:
@@ -78,7 +78,7 @@ class ReadingComprehensionTask(WordTask):
         self.datasets[split] = ReadingComprehensionDataset(*rows, self.dictionary, self.cfg.max_word_length)
 
     def predict(self, sample: Dict[str, Any], model: Any) -> Dict[str, str]:
-        """Return {id: answer} of a batch's questions, each answer the characters of the passage.
+        """Return {id: answer} of a batch's questions. Each answer is copied from the passage.
 
         Raises:
             ValueError: a question's scores are not numbers
@@ -111,7 +111,7 @@ class ReadingComprehensionTask(WordTask):
         return loss, sample_size, logging_output
 
     def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
-        """As fairseq's, with ``em`` and ``f1`` where they were summed."""
+        """As fairseq's, with ``em`` and ``f1`` if they were summed."""
         super().reduce_metrics(logging_outputs, criterion)
         if any("em" in log for log in logging_outputs):
             questions = sum(log["nsentences"] for log in logging_outputs)
@@ -124,9 +124,9 @@ class ReadingComprehensionDataset(FairseqDataset):
     """Questions, each with its passage and the span of its answer.
 
     Args:
-        passages: each its ``text`` and, of its ``tokens``, where each begins and ends in the text
-        questions: each its ``id``, its ``tokens`` as text, the number of its ``passage``, the ``span`` of the
-            answer, first and last token, and the texts of all ``answers`` that are right
+        passages: dictionaries of ``text`` and ``tokens``, where each token begins and ends in the text
+        questions: dictionaries of ``id``, ``tokens`` as text, number of the ``passage``, ``span`` of the
+            answer (first and last token), and ``answers``, the texts of all right answers
         dictionary: of the words
         max_word_length: bytes read of each word
     """
@@ -150,7 +150,7 @@ class ReadingComprehensionDataset(FairseqDataset):
         return len(self.questions)
 
     def __getitem__(self, index: int) -> Dict[str, Any]:
-        """Return a question, its passage in place of the passage's number."""
+        """Return a question, with its passage instead of the passage's number."""
         question = self.questions[index]
         return {**question, "index": index, "passage": self.passages[question["passage"]]}
 
@@ -185,17 +185,18 @@ class ReadingComprehensionDataset(FairseqDataset):
         return self.sizes[index]
 
     def ordered_indices(self) -> np.ndarray:
-        """Return the questions by the length of the passage, those of equal length shuffled."""
+        """Return the questions in order of the passage's length; those of equal length are shuffled."""
         indices = np.random.permutation(len(self))
         return indices[np.argsort(self.sizes[indices], kind="stable")]
 
 
 def read_examples(prefix: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any]]]:
-    """Read ``PREFIX.passages`` and ``PREFIX.questions``, as :class:`ReadingComprehensionDataset` takes them.
+    """Read ``PREFIX.passages`` and ``PREFIX.questions`` for :class:`ReadingComprehensionDataset`.
 
     Raises:
-        ValueError: a line is not in UTF-8 or no JSON object of the keys that are needed, has no words or no
-            answers, a passage that is not there, a span outside of it, or an id that another question has
+        ValueError: a line is not UTF-8, or not a JSON object of the right keys; it has no words or no
+            answers; its passage does not exist, its span is outside the passage, or its id is another
+            question's
     """
     passages: List[Dict[str, Any]] = []
     questions: List[Dict[str, Any]] = []
@@ -219,7 +220,7 @@ def read_examples(prefix: str) -> Tuple[List[Dict[str, Any]], List[Dict[str, Any
 
 
 def _find_problem(row: Dict[str, Any], passages: List[Dict[str, Any]], ids: Set[str]) -> str:
-    """Say what is wrong with a passage or a question; nothing if all is right."""
+    """Return the fault of a passage or a question, or an empty string."""
     if not row["tokens"]:
         return "has no words"
     if "text" in row:

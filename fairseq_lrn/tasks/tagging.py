@@ -34,7 +34,7 @@ class TaggingConfig(FairseqDataclass):
 
 
 class TaggingDataset(LanguagePairDataset):
-    """Sentences with the bytes of each word, and their tags; without </s>, padded on the right.
+    """Sentences with the bytes of each word, and their tags, without </s> and padded on the right.
 
     Args:
         sentences: lists of words
@@ -119,7 +119,7 @@ class ViterbiGenerator:
 
 @register_task("tagging", dataclass=TaggingConfig)
 class TaggingTask(WordTask):
-    """Give each word of a sentence a tag; validation reports the F1 of the entities that the tags spell.
+    """Give each word of a sentence a tag. Validation reports the F1 of the entities that the tags spell.
 
     Entities are seqeval's ``get_entities`` of tags in IOBES (or IOB2), counted over the whole data.
 
@@ -164,16 +164,16 @@ class TaggingTask(WordTask):
         )
 
     def build_generator(self, models: Sequence[Any], args: Any, **kwargs: Any) -> ViterbiGenerator:
-        """Return what finds the most probable tags."""
+        """Return the generator that finds the most probable tags."""
         return ViterbiGenerator(self.dictionary)
 
     def get_interactive_tokens_and_lengths(
         self, lines: List[str], encode_fn: Any
     ) -> Tuple[List[Tensor], List[int]]:
-        """Split lines into words; a line without any is </s>, whose tag is dropped.
+        """Split lines into words. A line without words is </s>, whose tag is dropped.
 
-        fairseq-interactive passes on no more than ids, so each new word gets one, behind those that the model
-        knows: from it :meth:`inference_step` finds the word's bytes.
+        fairseq-interactive passes only ids on. So each new word gets an id after those that the model knows.
+        From the id :meth:`inference_step` finds the word's bytes.
         """
         unk, eos = self.dictionary.unk(), self.dictionary.eos()
         tokens = [
@@ -187,7 +187,7 @@ class TaggingTask(WordTask):
     def build_dataset_for_inference(
         self, src_tokens: List[Tensor], src_lengths: List[int], **kwargs: Any
     ) -> LanguagePairDataset:
-        """Return a dataset of what :meth:`get_interactive_tokens_and_lengths` gave."""
+        """Return a dataset of the results of :meth:`get_interactive_tokens_and_lengths`."""
         return LanguagePairDataset(src_tokens, src_lengths, self.dictionary, left_pad_source=False)
 
     def inference_step(
@@ -233,7 +233,7 @@ class TaggingTask(WordTask):
         return loss, sample_size, logging_output
 
     def reduce_metrics(self, logging_outputs: List[Dict[str, Any]], criterion: Any) -> None:
-        """As in :class:`FairseqTask`, with F1 in percent where entities were counted."""
+        """As in :class:`FairseqTask`, with F1 in percent if entities were counted."""
         super().reduce_metrics(logging_outputs, criterion)
         if any("_entities" in log for log in logging_outputs):
             for key in ("_correct_entities", "_entities"):
@@ -242,7 +242,7 @@ class TaggingTask(WordTask):
 
 
 def f1(meters: Dict[str, Any]) -> float:
-    """Return 200 · correct / (predicted + actual), to two places, 0 where there are no entities."""
+    """Return 200 · correct / (predicted + actual), to two places, or 0 without entities."""
     total = meters["_entities"].sum
     return safe_round(200 * meters["_correct_entities"].sum / total, 2) if total else 0.0
 
@@ -250,11 +250,11 @@ def f1(meters: Dict[str, Any]) -> float:
 def read_sentences(
     words_path: str, tags_path: str, tag_dictionary: Dictionary
 ) -> Tuple[List[List[str]], List[Tensor]]:
-    """Read a file of words and one of tags, separated by blanks, a sentence a line: words, and ids of tags.
+    """Read a file of words and one of tags, separated by blanks. A line is a sentence.
 
     Raises:
-        ValueError: a line has no words, not as many tags as words, a tag that is not in the dictionary, or is
-            not in UTF-8
+        ValueError: a line has no words, or different numbers of words and tags, or a tag that is not in the
+            dictionary, or is not UTF-8
     """
     sentences, tag_ids = [], []
     lines = zip_longest(read_lines(words_path), read_lines(tags_path), fillvalue="")

@@ -24,13 +24,13 @@ class LRNTranslationConfig(TranslationConfig):
 
 @register_task("lrn_translation", dataclass=LRNTranslationConfig)
 class LRNTranslationTask(TranslationTask):
-    """fairseq's ``translation``, with this package's generators: sooner; in float32 the same results."""
+    """fairseq's ``translation`` with this package's generators: faster, and the same results in float32."""
 
     def build_generator(self, models, args, seq_gen_cls=None, extra_gen_cls_kwargs=None, **kwargs):
-        """As fairseq's task does, with the generators of this package in place of fairseq's two.
+        """As fairseq's task does, with this package's two generators instead of fairseq's.
 
         Raises:
-            ValueError: compute_type is not float32, but another generator is asked for
+            ValueError: compute_type is not float32, and another generator is asked for
         """
         if seq_gen_cls is None:
             seq_gen_cls = BeamSearchGenerator

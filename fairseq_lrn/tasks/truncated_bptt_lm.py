@@ -14,15 +14,15 @@ from fairseq.tasks.language_modeling import LanguageModelingConfig, LanguageMode
 class TruncatedBPTTLMTask(LanguageModelingTask):
     """fairseq's ``language_modeling`` with truncated back-propagation through time.
 
-    A text is cut into ``--tokens-per-sample`` tokens a block, and its blocks, in their order, into as many
-    streams as all processes together have rows in a batch, ``--batch-size`` each. The streams' numbers of
-    blocks differ by one at most; nothing of the text is left out. Batch n of an epoch holds block n of every
-    stream that has one, and the model begins it with the states that block n - 1 ended with, block 0 with
-    zeros. A training that goes on from a checkpoint in the middle of an epoch begins there with zeros, and so
-    does an update of several blocks (``--update-freq``) that overflowed and that ``--amp`` tries again.
+    A text is cut into blocks of ``--tokens-per-sample`` tokens. The blocks, in their order, are cut into
+    streams: ``--batch-size`` streams for each process. The streams' numbers of blocks differ by one at most,
+    and all of the text is read. Batch n of an epoch holds block n of every stream that has one. The model
+    starts it with the last states of block n - 1, and block 0 with zeros. It also starts with zeros after a
+    checkpoint in the middle of an epoch, and in an update of several blocks (``--update-freq``) that
+    overflowed and that ``--amp`` repeats.
 
-    ``fairseq-eval-lm`` reads the text as one stream, whatever ``--batch-size`` is, so that the result does
-    not depend on ``--tokens-per-sample`` either.
+    ``fairseq-eval-lm`` reads the text as one stream, whatever ``--batch-size`` is. So the result does not
+    depend on ``--tokens-per-sample`` either.
     """
 
     def build_model(self, args, from_checkpoint=False):
@@ -43,7 +43,7 @@ class TruncatedBPTTLMTask(LanguageModelingTask):
         """As fairseq's.
 
         Raises:
-            ValueError: an option leaves words out of the text or puts others in, or blocks have no words
+            ValueError: an option drops or adds words of the text, or blocks have no words
         """
         cfg, special = self.args, self.dictionary.nspecial
         for wrong, message in (
@@ -87,7 +87,7 @@ class TruncatedBPTTLMTask(LanguageModelingTask):
         """As fairseq's; batches of a text also have ``block`` in their ``net_input``.
 
         Raises:
-            ValueError: ``max_sentences`` is None, or as many blocks have more than ``max_tokens`` words
+            ValueError: ``max_sentences`` is None, or so many blocks have more than ``max_tokens`` words
         """
         if not isinstance(dataset, MonolingualDataset):  # sentences to score or to go on with
             return super().get_batch_iterator(dataset, max_tokens, max_sentences, **kwargs)
@@ -128,10 +128,10 @@ class TruncatedBPTTLMTask(LanguageModelingTask):
         context_window: int = 0,
         **kwargs: Any,
     ):
-        """As fairseq's, but the text is one stream, whose blocks may have more than ``max_tokens`` words.
+        """As fairseq's, but the text is one stream. Its blocks may have more than ``max_tokens`` words.
 
         Raises:
-            ValueError: there is a context window, which would read words twice, or several shards
+            ValueError: there are several shards, or a context window, which would read words twice
         """
         if num_shards > 1:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Words for the tasks that read them with their bytes: files, tensors, and what the tasks share."""
+"""For the tasks that read words with their bytes: files, tensors, and a base class."""
 
 import logging
 from typing import Any, Dict, Iterator, List, Sequence
@@ -13,7 +13,7 @@ logger = logging.getLogger(__name__)
 
 
 class WordTask(FairseqTask):
-    """A task that reads ``cfg.max_word_length`` bytes of each word; a trained model reads as many as before.
+    """A task that reads ``cfg.max_word_length`` bytes of each word. A trained model keeps its number.
 
     Raises:
         ValueError: ``cfg.max_word_length`` is not positive
@@ -25,7 +25,7 @@ class WordTask(FairseqTask):
             raise ValueError(f"--max-word-length is {cfg.max_word_length}, but must be positive")
 
     def state_dict(self) -> Dict[str, Any]:
-        """Return what a checkpoint keeps of the task: ``max_word_length``."""
+        """Return the task's part of a checkpoint: ``max_word_length``."""
         return {**super().state_dict(), "max_word_length": self.cfg.max_word_length}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
@@ -53,7 +53,7 @@ def read_lines(path: str) -> Iterator[str]:
 
 
 def encode_words(words: Sequence[str], dictionary: Dictionary) -> Tensor:
-    """Return the ids (T,) of ``words``, that of ``<unk>`` for the unknown and for fairseq's own symbols."""
+    """Return the ids (T,) of ``words``. Unknown words and fairseq's symbols get the id of ``<unk>``."""
     # <s>, <pad> and </s> come before <unk>
     return torch.tensor([max(dictionary.index(word), dictionary.unk()) for word in words], dtype=torch.long)
 

@@ -105,9 +105,7 @@ def test_three_pairs_of_files(recipe, tmp_path):
     assert "tok:13a" in output and "fairseq-preprocess -s fr -t de" in output
     assert lines(tmp_path / "work/text/test.fr") == [pair[1] for pair in PAIRS[95:]]
     (tmp_path / "test.fr").unlink()
-    assert f"{tmp_path}/test.de exists, but not in the other" in recipe.refused(
-        *options, "languages=de-fr"
-    )
+    assert f"{tmp_path}/test.de exists, but not in the other" in recipe.refused(*options, "languages=de-fr")
 
 
 @pytest.mark.parametrize(

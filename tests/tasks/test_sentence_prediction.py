@@ -32,11 +32,11 @@ def load(folder, load_dataset=SentencePredictionTask.load_dataset, **options):
 @pytest.mark.parametrize(
     "labels, message",
     [
-        ("good\nugly\n", "label/valid, line 2, has a label that is not in .*: the training set has bad, good"),
+        ("good\nugly\n", "label/valid, line 2, has a label that is not in .*: the training set has bad"),
         ("good\n\n", "label/valid, line 2, has 0 labels, but must have 1"),
         ("good\ngood bad\n", "label/valid, line 2, has 2 labels, but must have 1"),
-        ("good\n", "of lines .*input0/valid has 2, .*label/valid has 1"),
-        ("", "of lines .*input0/valid has 2, .*label/valid has 0"),
+        ("good\n", "input0/valid has 2 lines, .*label/valid has 1"),
+        ("", "input0/valid has 2 lines, .*label/valid has 0"),
     ],
 )
 def test_a_wrong_label_is_named_with_its_line(tmp_path, labels, message):
@@ -49,7 +49,7 @@ def test_a_wrong_label_is_named_with_its_line(tmp_path, labels, message):
 
 def test_inputs_of_unequal_length_are_named(tmp_path):
     write(tmp_path, input0="a\nb\n", input1="a\nb\na\n")
-    with pytest.raises(ValueError, match=r"of lines .*input0/valid has 2, .*input1/valid has 3"):
+    with pytest.raises(ValueError, match=r"input0/valid has 2 lines, .*input1/valid has 3"):
         load(tmp_path)
 
 
