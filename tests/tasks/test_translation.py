@@ -153,8 +153,9 @@ def test_generate_with_a_compute_type(run, data, checkpoint, test_sentences, nam
     found = {int(i): (float(x), words) for i, x, words in re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", out, re.M)}
     assert sorted(found) == list(range(len(test_sentences)))
     scores = {}
+    hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data))
     for kind in ("float32", name):
-        hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data), compute_type=kind)
+        hub.task.cfg.compute_type = kind
         tokens = [hub.encode(line) for line in test_sentences]
         best = [beam[0] for beam in hub.generate(tokens, beam=3, max_len_b=20)]
         scores[kind] = [x["score"].item() / math.log(2) for x in best]
