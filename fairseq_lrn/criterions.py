@@ -12,8 +12,7 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.distributed import FullyShardedDataParallel
 from torch import Tensor
 
-from .models.deepnmt_decoder import DeepNMTDecoder
-from .models.lrn_decoder import LRNDecoder
+from .inference.generator import is_unchanged
 from .modules.linear import is_plain
 from .modules.loss import linear_cross_entropy
 
@@ -24,9 +23,9 @@ from .modules.loss import linear_cross_entropy
 class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
     """``label_smoothed_cross_entropy`` in less memory: it computes the scores of a few words at a time.
 
-    This is for ``lrn`` and ``deepnmt`` in float32 and bfloat16. Other cases use fairseq's criterion: other
-    models, float16, autocast, FSDP, an output projection that is not a plain ``nn.Linear``,
-    ``--report-accuracy`` and ``--ignore-prefix-size``.
+    This is for ``lrn`` and ``deepnmt`` in float32 and bfloat16. Other cases use fairseq's criterion: other and
+    changed models, float16, autocast, FSDP, an output projection that is not a plain ``nn.Linear``,
+    ``--find-unused-parameters``, ``--report-accuracy`` and ``--ignore-prefix-size``.
     """
 
     def forward(
@@ -53,12 +52,18 @@ class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
     @staticmethod
     def weight(model: nn.Module) -> Optional[Tensor]:
         """Return the weight of a plain output projection, or None if the projection is another module."""
-        decoder: Any = getattr(model, "decoder", None)
-        known = type(decoder) in (LRNDecoder, DeepNMTDecoder) and is_plain(decoder, type(decoder))
-        if not known or isinstance(model, FullyShardedDataParallel):
+        if isinstance(model, FullyShardedDataParallel):
             return None
-        projection = decoder.output_projection
-        if projection is None or not is_plain(projection, nn.Linear) or "output_layer" in decoder.__dict__:
+        # DDP believes that parameters are unused which forward() does not reach
+        if getattr(model, "find_unused_parameters", False):
+            return None
+        inner: Any = model
+        while hasattr(inner, "module"):  # of what several processes wrap it in
+            inner = inner.module
+        if not (is_unchanged(inner) and is_plain(inner, type(inner))):
+            return None
+        projection = inner.decoder.output_projection
+        if not (is_plain(inner.decoder, type(inner.decoder)) and is_plain(projection, nn.Linear)):
             return None
         weight = projection.weight
         plain = projection.bias is None and type(weight) in (nn.Parameter, Tensor)

@@ -13,6 +13,7 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLeast = 1e-35f;  // rows of int8 have steps no smaller than its 127th part
 constexpr int64_t kTileRows = 6;  // with these and the vectors below, sums fill the registers
 
 template <int kLanes>
@@ -226,7 +227,7 @@ LRN_HD void to_bfloat16(const float* x, int64_t size, float* y) {
 template <int kLanes>
 LRN_HD void to_int8(const float* x, int64_t size, float* y) {
   typedef Ints<kLanes> I;
-  I largest{};  // as integers, since NaN is the largest of all then
+  I largest = I{} + as<int32_t>(kLeast);  // as integers, since NaN is the largest of all then
   for (int64_t i = 0; i < size; i += kLanes) {
     largest = max(largest, as<I>(load<kLanes>(x + i)) & 0x7fffffff);
   }

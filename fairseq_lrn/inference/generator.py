@@ -72,7 +72,7 @@ class BeamSearchGenerator(SequenceGenerator):
                 f"compute_type is {self.compute_type}, but must be float32 where PyTorch's modules "
                 f"translate, as here: {reason if plain else 'this is no plain beam search with one model'}"
             )
-        if native is None and not (plain and _is_unchanged(self.model.single_model)):
+        if native is None and not (plain and is_unchanged(self.model.single_model)):
             return _check(sample, super()._generate(sample, prefix_tokens, constraints, bos_token))
         src_tokens = sample["net_input"]["src_tokens"]
         max_len = min(int(self.max_len_a * src_tokens.size(1) + self.max_len_b), self.max_len - 1)
@@ -141,7 +141,7 @@ class BeamSearchGeneratorWithAlignment(SequenceGeneratorWithAlignment, BeamSearc
     """fairseq's generator for ``--print-alignment``, with the search of :class:`BeamSearchGenerator`."""
 
 
-def _is_unchanged(model: Any) -> bool:
+def is_unchanged(model: Any) -> bool:
     """Whether ``model`` is one of this package, and no method of it or its parts was replaced."""
     if type(model) not in (DeepNMTModel, LRNModel) or model.decoder.output_projection is None:
         return False

@@ -4,6 +4,7 @@ from typing import Any, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from ..ops import linear
@@ -41,6 +42,7 @@ class _Loss(torch.autograd.Function):
         return (1 - smoothing - each) * nll + each * smooth, nll
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor):
         x_grad, weight_grad = ctx.saved_tensors
         return x_grad * grad, weight_grad * grad, None, None, None

@@ -49,7 +49,8 @@ class TranslationHub(hub_utils.GeneratorHubInterface):
 
     def _generator(self, beam: int, options: Dict[str, Any]) -> Any:
         """Return the generator of the last call if it had the same options, or else a new one."""
-        wanted = (beam, options, self.cfg.generation, list(map(id, self.models)))
+        compute_type = getattr(self.task.cfg, "compute_type", None)
+        wanted = (beam, options, self.cfg.generation, compute_type, list(map(id, self.models)))
         if self._kept is None or self._kept[0] != wanted:
             arguments = copy.deepcopy(self.cfg.generation)
             with open_dict(arguments):

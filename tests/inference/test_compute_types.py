@@ -38,9 +38,8 @@ OPTIONS = {"beam": 3, "max_len_b": 12}
 
 def to_int8(x):
     """Integers (N, S) from -127 to 127 and the scale (N, 1) of each row."""
-    most = x.abs().amax(1, keepdim=True)
-    inverse = torch.where(most > 0, torch.tensor(127.0) / most, 0)
-    return (x * inverse).round(), most / 127
+    most = x.abs().amax(1, keepdim=True).clamp(min=1e-35)
+    return (x * (torch.tensor(127.0) / most)).round(), most / 127
 
 
 def product(x, weight, bias, compute_type):
@@ -77,7 +76,7 @@ def rounded(model, compute_type):
     rows=st.integers(0, 14),
     features=st.integers(1, 80),
     outputs=st.integers(1, 150),
-    size=st.sampled_from([1e-30, 1e-3, 1.0, 1e4]),
+    size=st.sampled_from([1e-39, 1e-30, 1e-3, 1.0, 1e4]),
     seed=st.integers(0, 99),
 )
 def test_products(instruction_set, rows, features, outputs, size, seed):
@@ -102,6 +101,18 @@ def test_the_largest_sums(instruction_set, compute_type):
         layer = torch.classes.fairseq_lrn.Product(weight, torch.zeros(70), compute_type)
         expected = product(x, weight, None, compute_type)
         torch.testing.assert_close(layer.forward(x), expected, rtol=1e-4, atol=0)
+
+
+@every_instruction_set
+def test_the_smallest_numbers(instruction_set):
+    """Rows whose 127th part is no normal number, and of zeros alone."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(3, 20), torch.randn(70, 20)
+    for size in (1e-35, 1e-37, 1e-39, 0.0):
+        layer = torch.classes.fairseq_lrn.Product(weight * size, torch.zeros(70), "int8")
+        large = layer.forward(x * 1e25)
+        torch.testing.assert_close(large, product(x * 1e25, weight * size, None, "int8"), rtol=0, atol=0)
+        torch.testing.assert_close(large, x * 1e25 @ (weight * size).t(), rtol=0.1, atol=1e-11)
 
 
 @every_instruction_set

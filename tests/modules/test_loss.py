@@ -50,6 +50,14 @@ def test_bfloat16_is_as_exact_as_its_scores():
         torch.testing.assert_close(narrow.grad.float(), wide.grad, rtol=2e-2, atol=2e-2)
 
 
+def test_is_differentiable_once():
+    x, weight = torch.randn(4, 3, requires_grad=True), torch.randn(5, 3)
+    loss = linear_cross_entropy(x, weight, torch.arange(4))[0] ** 2
+    (grad,) = torch.autograd.grad(loss, x, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        grad.sum().backward()
+
+
 @pytest.mark.parametrize(
     "dtypes", [(torch.float16,) * 2, (torch.float32, torch.bfloat16), (torch.float64,) * 2]
 )

@@ -8,6 +8,7 @@ import torch
 import torch.nn as nn
 from batches import SMALL, SMALL_OPTIONS, sentences, task
 from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.distributed import ModuleProxyWrapper
 from fairseq.tasks.translation import TranslationConfig, TranslationTask
 
 from fairseq_lrn.criterions import ChunkedCriterion
@@ -62,6 +63,23 @@ def decoder_hook(model):
     model.decoder.register_forward_hook(lambda _, x, y: (y[0].sin(), y[1]))
 
 
+def model_hook(model):
+    model.register_forward_hook(lambda _, x, y: (y[0].sin(), y[1]))
+
+
+def other_probabilities(model):
+    model.decoder.get_normalized_probs = lambda net_output, *_: net_output[0].sin().log_softmax(2)
+
+
+class Halved(LRNModel):
+    def get_normalized_probs(self, net_output, log_probs, sample=None):
+        return super().get_normalized_probs((net_output[0] / 2, net_output[1]), log_probs, sample)
+
+
+def subclass(model):
+    model.__class__ = Halved
+
+
 @pytest.mark.parametrize("sentence_avg", [False, True])
 @pytest.mark.parametrize("model_class", [LRNModel, DeepNMTModel])
 def test_is_fairseqs(model_class, sentence_avg):
@@ -72,7 +90,10 @@ def test_is_fairseqs(model_class, sentence_avg):
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("change", [hooked, adapter, other_output_layer, decoder_hook])
+@pytest.mark.parametrize(
+    "change",
+    [hooked, adapter, other_output_layer, decoder_hook, model_hook, other_probabilities, subclass],
+)
 def test_changed_models_are_followed(change):
     model = build()
     before = losses(model, ChunkedCriterion)[0]
@@ -88,6 +109,22 @@ def test_options_are_fairseqs(options):
     model = build()
     found = losses(model, ChunkedCriterion, **options)
     torch.testing.assert_close(found, losses(model, LabelSmoothedCrossEntropyCriterion, **options))
+
+
+@pytest.mark.parametrize("find_unused", [False, True])
+def test_several_processes(find_unused):
+    """DDP that looks for unused parameters finds those of forward() alone, and then fairseq's serves."""
+    model = build()
+    expected = losses(model, LabelSmoothedCrossEntropyCriterion)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        ddp = nn.parallel.DistributedDataParallel(model, find_unused_parameters=find_unused)
+        wrapped = ModuleProxyWrapper(ddp)
+        assert (ChunkedCriterion.weight(wrapped) is None) == find_unused
+        for _ in range(2):
+            torch.testing.assert_close(losses(wrapped, ChunkedCriterion), expected, rtol=1e-4, atol=1e-4)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_float16_and_autocast_are_fairseqs():

@@ -5,6 +5,7 @@ tests/inference/test_generator.py has its generator in Python.
 
 import copy
 import functools
+import math
 import re
 from pathlib import Path
 
@@ -142,6 +143,25 @@ def test_compute_types(run, data, checkpoint, test_sentences):
     scores = [[float(score) for score, _ in found[name]] for name in COMPUTE_TYPES]
     assert scores[0] != scores[1] != scores[2] != scores[0]
     assert scores[1] == pytest.approx(scores[0], abs=0.1) and scores[2] == pytest.approx(scores[0], abs=0.5)
+
+
+@pytest.mark.parametrize("name", COMPUTE_TYPES[1:])
+def test_generate_with_a_compute_type(run, data, checkpoint, test_sentences, name):
+    """In other batches than from Python, and nevertheless the same words with the same scores."""
+    out = run("fairseq-generate", data, *PLUGIN, *FIXED, "--task", "lrn_translation", "--path", checkpoint,
+              "--batch-size", 4, "--beam", 3, "--max-len-b", 20, "--compute-type", name)  # fmt: skip
+    found = {int(i): (float(x), words) for i, x, words in re.findall(r"^H-(\d+)\t(\S+)\t(.*)$", out, re.M)}
+    assert sorted(found) == list(range(len(test_sentences)))
+    scores = {}
+    hub = LRNModel.from_pretrained(checkpoint.parent, checkpoint.name, str(data))
+    for kind in ("float32", name):
+        hub.task.cfg.compute_type = kind
+        tokens = [hub.encode(line) for line in test_sentences]
+        best = [beam[0] for beam in hub.generate(tokens, beam=3, max_len_b=20)]
+        scores[kind] = [x["score"].item() / math.log(2) for x in best]
+    assert [found[i][1] for i in sorted(found)] == [hub.string(x["tokens"]) for x in best]
+    assert [found[i][0] for i in sorted(found)] == pytest.approx(scores[name], rel=1e-6)
+    assert scores["float32"] != pytest.approx(scores[name], rel=1e-6)
 
 
 def test_compute_types_of_a_model_trained_with_another_task(data, checkpoint):
