@@ -23,8 +23,8 @@ from .modules.loss import linear_cross_entropy
 class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
     """``label_smoothed_cross_entropy`` in less memory: it computes the scores of a few words at a time.
 
-    This is for ``lrn`` and ``deepnmt`` in float32 and bfloat16. Other cases use fairseq's criterion: other and
-    changed models, float16, autocast, FSDP, an output projection that is not a plain ``nn.Linear``,
+    This is for ``lrn`` and ``deepnmt`` in float32 and bfloat16. Other cases use fairseq's criterion: other
+    and changed models, float16, autocast, FSDP, an output projection that is not a plain ``nn.Linear``,
     ``--find-unused-parameters``, ``--report-accuracy`` and ``--ignore-prefix-size``.
     """
 

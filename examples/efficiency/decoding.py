@@ -57,7 +57,7 @@ def find(work: Path, run: str) -> Tuple[Path, Path, str, str]:
 
 
 def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> Dict[str, float]:
-    """Translate the test set, or every eighth sentence one by one.
+    """Translate the test set.
 
     Returns:
         sentences (their number), speed (sentences a second, without loading), bleu, and memory (MiB, the peak
@@ -71,7 +71,7 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     if task in (PEER, "translator"):
         command = IN_PROCESS.name
         words = [sys.executable, IN_PROCESS, task, work / "bin", checkpoint, source, target]
-        words += ["--threads", threads, "--every", 8 if batch_size == 1 else 1]
+        words += ["--threads", threads]
     else:
         command = "fairseq-generate"
         words = [sys.executable, "-m", "fairseq_cli.generate", work / "bin", "--cpu"]
@@ -79,8 +79,6 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
         words += ["-s", source, "-t", target, "--path", checkpoint, "--remove-bpe", "sentencepiece"]
         words += ["--required-batch-size-multiple", 1]
         words += ["--num-workers", 0]  # a process that reads ahead would take its share of the cores
-        if batch_size == 1:  # every eighth batch; fairseq-generate ignores --num-shards
-            words += ["--distributed-world-size", 8]
     if compute_type:
         words += ["--compute-type", compute_type]
     words += ["--beam", beam, "--batch-size", batch_size]
@@ -100,13 +98,9 @@ def measure(work: Path, threads: int, beam: int, batch_size: int, run: str) -> D
     translations = {int(number): text for number, _, text in lines}
     with open(path, encoding="utf-8", newline="\n") as file:
         references = [line.rstrip("\n") for line in file]
-    if batch_size > 1 and len(translations) != len(references):
+    if len(translations) != len(references):
         sys.exit(f"{run}: {len(translations)} translations of {len(references)} sentences")
-    numbers = sorted(translations)
-    # Every eighth sentence of a small test set may hold no four words in a row.
-    bleu = corpus_bleu(
-        [translations[i] for i in numbers], [[references[i] for i in numbers]], use_effective_order=True
-    )
+    bleu = corpus_bleu([translations[i] for i in sorted(translations)], [references])
     return {
         "sentences": len(translations),
         "speed": float(speed.group(1)),

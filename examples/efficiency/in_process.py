@@ -1,6 +1,6 @@
 """Translate a binarized test set in this process: token ids in, token ids out, nothing else timed.
 
-    python in_process.py ENGINE DATA CHECKPOINT SOURCE TARGET [--beam 5] [--batch-size 128] [--every 1]
+    python in_process.py ENGINE DATA CHECKPOINT SOURCE TARGET [--beam 5] [--batch-size 128]
 
 ENGINE is `translator`, of this package, with an LRN, or `ctranslate2` with a Transformer. Sentences are
 sorted by length; each batch is one call. It prints two things as fairseq-generate does: a line D for each
@@ -75,7 +75,6 @@ def main() -> None:
         parser.add_argument(name)
     parser.add_argument("--beam", type=int, default=5)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--every", type=int, default=1, help="translate one batch of so many")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--compute-type", default="float32")
     args = parser.parse_args()
@@ -88,7 +87,7 @@ def main() -> None:
         for language in (args.source, args.target)
     )
     order = np.lexsort((targets.sizes, sources.sizes)).tolist()  # fairseq-generate's
-    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)][:: args.every]
+    batches = [order[i : i + args.batch_size] for i in range(0, len(order), args.batch_size)]
     engine = engines[args.engine](args, dictionary)
     calls = [engine([sources[i] for i in batch]) for batch in batches]
     calls[0]()  # warms up
