@@ -21,7 +21,7 @@ void BeamSearch::start(const SearchOptions& options, int64_t sentences,
   options_ = options;
   prefix_ = std::move(prefix);
   prefix_length_ = sentences == 0 ? 0 : static_cast<int64_t>(prefix_.size()) / sentences;
-  step_ = first_ = first_parent_ = 0;
+  step_ = first_row_ = previous_first_row_ = 0;
   going_.resize(sentences);
   for (int64_t i = 0; i < sentences; ++i) {
     going_[i] = i;
@@ -29,7 +29,7 @@ void BeamSearch::start(const SearchOptions& options, int64_t sentences,
   rows_.assign(sentences, {-1, options.bos, 0});
   ended_count_.assign(sentences, 0);
   ended_.clear();
-  ask();
+  plan_candidates();
 }
 
 // The word that a sentence's hypotheses must go on with, or -1.
@@ -45,8 +45,9 @@ int64_t BeamSearch::forced_word(int64_t sentence) const {
 }
 
 // Says which candidates the next step needs.
-void BeamSearch::ask() {
+void BeamSearch::plan_candidates() {
   const bool last = step_ >= options_.max_length, in_prefix = !last && step_ < prefix_length_;
+  // with one row its best word is enough: if that is </s>, the sentence is done
   width_ = last ? 0 : options_.beam_size == 1 ? 1 : 2 * options_.beam_size;
   forces_ = last || in_prefix;
   excluded_.assign({options_.pad});
@@ -56,41 +57,42 @@ void BeamSearch::ask() {
   if (penalizes_unk()) {  // it may be among the best only without its penalty
     excluded_.push_back(options_.unk);
   }
-  extra_.clear();
+  extra_words_.clear();
   for (const int64_t sentence : going_) {
     const int64_t word = forced_word(sentence);
     for (int64_t row = 0; row < rows_per_sentence(); ++row) {
       if (penalizes_unk()) {
-        extra_.push_back(options_.unk);
+        extra_words_.push_back(options_.unk);
       }
       if (forces_) {
-        extra_.push_back(word < 0 ? options_.pad : word);
+        extra_words_.push_back(word < 0 ? options_.pad : word);
       }
     }
   }
 }
 
-// Sets candidates_ to those of one sentence, the best 2 * beam_size first.
-void BeamSearch::collect(int64_t group, const float* log_probs, const int64_t* words) {
-  const int64_t per = rows_per_sentence(), columns = width_ + extras();
-  const int64_t forced = forced_word(going_[group]);
-  // the last column is of words that are forced; after a forced </s> all rows are as the first
+// Sets candidates_ to those of the sentence going_[place], the best 2 * beam_size first.
+void BeamSearch::collect(int64_t place, const float* log_probs, const int64_t* words) {
+  const int64_t per = rows_per_sentence(), columns = width_ + extras_per_row();
+  const int64_t forced = forced_word(going_[place]);
+  // The last column has words that are forced. As fairseq does, a prefix that ends the sentence
+  // copies its first row over the others.
   const int64_t begin = forced < 0 ? 0 : columns - 1;
   const int64_t end = forces_ && forced < 0 ? columns - 1 : columns;
-  const bool same = forced == options_.eos && step_ < options_.max_length;
+  const bool copies_first = forced == options_.eos && step_ < options_.max_length;
   candidates_.clear();
-  for (int64_t i = group * per; i < (group + 1) * per; ++i) {
-    const int64_t row = same ? group * per : i;
+  for (int64_t i = place * per; i < (place + 1) * per; ++i) {
+    const int64_t row = copies_first ? place * per : i;
     for (int64_t column = begin; column < end; ++column) {
       const int64_t word = words[row * columns + column];
       float log_prob = log_probs[row * columns + column];
       if (word == options_.unk) {
         log_prob -= static_cast<float>(options_.unk_penalty);
       }
-      const float total = rows_[first_ + row].total + log_prob;
+      const float total = rows_[first_row_ + row].total + log_prob;
       if (total > kDead) {
         const int64_t order = candidates_.size();
-        candidates_.push_back({total, word, first_ + row, order});
+        candidates_.push_back({total, word, first_row_ + row, order});
       }
     }
   }
@@ -103,16 +105,16 @@ void BeamSearch::collect(int64_t group, const float* log_probs, const int64_t* w
 }
 
 void BeamSearch::advance(const float* log_probs, const int64_t* words) {
-  const int64_t beam = options_.beam_size, groups = going_.size();
+  const int64_t beam = options_.beam_size, places = going_.size();
   const int64_t next = rows_.size();
   const float norm =
       options_.normalize_scores
           ? static_cast<float>(std::pow(static_cast<double>(step_ + 1), options_.length_penalty))
           : 1.0f;
   int64_t kept = 0;
-  for (int64_t group = 0; group < groups; ++group) {
-    const int64_t sentence = going_[group];
-    collect(group, log_probs, words);
+  for (int64_t place = 0; place < places; ++place) {
+    const int64_t sentence = going_[place];
+    collect(place, log_probs, words);
     const int64_t count = candidates_.size();
     const auto ends = [&](const Candidate& c) { return c.word == options_.eos; };
 
@@ -137,15 +139,17 @@ void BeamSearch::advance(const float* log_probs, const int64_t* words) {
     if (static_cast<int64_t>(rows_.size()) == rows_before) {
       continue;  // there is none
     }
-    rows_.resize(rows_before + beam, {first_ + group * rows_per_sentence(), options_.pad, kDead});
+    // dead rows fill up, so that each sentence has beam_size
+    rows_.resize(rows_before + beam,
+                 {first_row_ + place * rows_per_sentence(), options_.pad, kDead});
     going_[kept++] = sentence;
   }
   going_.resize(kept);
-  first_parent_ = first_;
-  first_ = next;
+  previous_first_row_ = first_row_;
+  first_row_ = next;
   ++step_;
   if (!done()) {
-    ask();
+    plan_candidates();
   }
 }
 
@@ -198,7 +202,7 @@ Tensor to_tensor(const std::vector<T>& values) {
   return result;
 }
 
-// The search for steps that PyTorch makes; see fairseq_lrn/inference/search.py.
+// The search for steps that PyTorch makes; see fairseq_lrn/inference/generator.py.
 struct BeamSearchHolder : torch::CustomClassHolder {
   BeamSearchHolder(int64_t sentences, int64_t beam_size, int64_t min_length, int64_t max_length,
                    int64_t bos, int64_t pad, int64_t eos, int64_t unk, double unk_penalty,
@@ -224,7 +228,7 @@ struct BeamSearchHolder : torch::CustomClassHolder {
   }
 
   bool advance(const Tensor& log_probs, const Tensor& words) {
-    const int64_t columns = search.width() + search.extras();
+    const int64_t columns = search.width() + search.extras_per_row();
     TORCH_CHECK(log_probs.sizes() == at::IntArrayRef({search.rows(), columns}) &&
                     words.sizes() == log_probs.sizes(),
                 "BeamSearch.advance: log_probs and words must be (", search.rows(), ", ", columns,
@@ -241,12 +245,14 @@ struct BeamSearchHolder : torch::CustomClassHolder {
     const Tensor parents = at::empty({search.rows()}, at::kLong);
     for (int64_t i = 0; i < search.rows(); ++i) {
       words.data_ptr<int64_t>()[i] = search.row()[i].word;
-      parents.data_ptr<int64_t>()[i] = search.row()[i].parent - search.first_parent();
+      parents.data_ptr<int64_t>()[i] = search.row()[i].parent - search.previous_first_row();
     }
     return {words, parents};
   }
 
-  Tensor extra() const { return to_tensor(search.extra()).view({search.rows(), search.extras()}); }
+  Tensor extra() const {
+    return to_tensor(search.extra_words()).view({search.rows(), search.extras_per_row()});
+  }
 
   std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> hypotheses() const {
     const lrn::Hypotheses h = search.hypotheses();

@@ -45,23 +45,25 @@ class BeamSearch {
   bool done() const { return going_.empty(); }
   int64_t beam_size() const { return options_.beam_size; }
 
-  // The rows of this step: sentences' numbers, rows of each, the rows, and the first one's number.
+  // The sentences that have rows in this step, by their numbers.
   const std::vector<int64_t>& going() const { return going_; }
   int64_t rows_per_sentence() const { return step_ == 0 ? 1 : options_.beam_size; }
-  int64_t rows() const { return static_cast<int64_t>(rows_.size()) - first_; }
-  const Row* row() const { return rows_.data() + first_; }
-  int64_t first_row() const { return first_; }
-  int64_t first_parent() const { return first_parent_; }
+  // The rows of this step, and the numbers of the first of them and of the first of the step
+  // before.
+  int64_t rows() const { return static_cast<int64_t>(rows_.size()) - first_row_; }
+  const Row* row() const { return rows_.data() + first_row_; }
+  int64_t first_row() const { return first_row_; }
+  int64_t previous_first_row() const { return previous_first_row_; }
 
-  // The candidates of each row: its `width` best words, without those `excluded`, then `extras`
-  // words that are given. `extra` has the latter, row by row.
+  // The candidates of each row: its `width` best words, without those `excluded`, then as many of
+  // the `extra_words`, which are given row by row.
   int64_t width() const { return width_; }
   const std::vector<int64_t>& excluded() const { return excluded_; }
-  int64_t extras() const { return (penalizes_unk() ? 1 : 0) + (forces_ ? 1 : 0); }
-  const std::vector<int64_t>& extra() const { return extra_; }
+  int64_t extras_per_row() const { return (penalizes_unk() ? 1 : 0) + (forces_ ? 1 : 0); }
+  const std::vector<int64_t>& extra_words() const { return extra_words_; }
 
-  // Takes the candidates, (rows, width + extras). Those with a log-probability of minus infinity or
-  // NaN are none.
+  // Takes the candidates, (rows, width + extras_per_row). Those with a log-probability of minus
+  // infinity or NaN are none.
   void advance(const float* log_probs, const int64_t* words);
 
   Hypotheses hypotheses() const;
@@ -80,14 +82,14 @@ class BeamSearch {
 
   bool penalizes_unk() const { return options_.unk_penalty != 0 && width_ > 0; }
   int64_t forced_word(int64_t sentence) const;
-  void ask();
-  void collect(int64_t group, const float* log_probs, const int64_t* words);
+  void plan_candidates();
+  void collect(int64_t place, const float* log_probs, const int64_t* words);
 
   SearchOptions options_{};
   std::vector<int64_t> prefix_;
   int64_t prefix_length_ = 0;
 
-  int64_t step_ = 0, first_ = 0, first_parent_ = 0;
+  int64_t step_ = 0, first_row_ = 0, previous_first_row_ = 0;
   std::vector<int64_t> going_;
   std::vector<Row> rows_;  // of all steps
   std::vector<int64_t> ended_count_;
@@ -95,7 +97,7 @@ class BeamSearch {
 
   int64_t width_ = 0;
   bool forces_ = false;  // at least one row is given its next word
-  std::vector<int64_t> excluded_, extra_;
+  std::vector<int64_t> excluded_, extra_words_;
   std::vector<Candidate> candidates_;
 };
 

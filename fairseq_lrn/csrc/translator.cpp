@@ -24,9 +24,9 @@ namespace lrn {
 
 using at::Tensor;
 
-constexpr int64_t kBlock = 60;        // rows that stay in the nearest caches through a layer
-constexpr int64_t kShareRows = 1024;  // rows and words of a share: a step takes part of a second
-constexpr int64_t kShareWords = 4096;
+constexpr int64_t kBlock = 60;         // rows that stay in the nearest caches through a layer
+constexpr int64_t kWorkerRows = 1024;  // of a worker: a step takes part of a second
+constexpr int64_t kWorkerWords = 4096;
 constexpr int64_t kHugePage = 1 << 21;
 
 namespace {
@@ -52,9 +52,9 @@ void embed(const Embedding& embedding, const int64_t* words, int64_t rows, Rows 
 }
 
 // Asks for the keys and values of a sentence, which are read after those of the one before.
-void prefetch(const Memory& memory, int64_t width) {
-  const float* end = memory.keys + Memory::floats(memory.length, width);
-  for (const float* line = memory.keys; line < end; line += 16) {
+void prefetch(const KeysValues& sentence, int64_t width) {
+  const float* end = sentence.keys + KeysValues::floats(sentence.length, width);
+  for (const float* line = sentence.keys; line < end; line += 16) {
     __builtin_prefetch(line);
   }
 }
@@ -129,7 +129,7 @@ class Packer {
   }
 
   // One layer of Linear modules that read the same features. Outputs that only fill the last panel
-  // have a bias of their own.
+  // have filling_bias: words that there are not score minus infinity.
   PackedLinear linear(const std::vector<std::string>& names, Parts out, Parts in, float scale = 1,
                       const std::string& suffix = "", float filling_bias = 0) {
     const int64_t count = names.size();
@@ -248,7 +248,7 @@ Translator::Translator(const Weights& weights, const TranslatorSettings& setting
   TORCH_CHECK_VALUE(heads_ > 0 && width % heads_ == 0, "Translator: heads must divide the width, ",
                     width, ", got ", heads_);
   const Parts whole{1, width}, heads{heads_, width / heads_}, encoder_whole{1, encoder_width};
-  head_ = heads.padded() / heads_;
+  head_size_ = heads.padded() / heads_;
   const bool tanh = settings.activation == "tanh", gate = settings.output_gate;
   encoder_cell_ = {round_up(encoder_width, kPad), tanh, gate};
   decoder_cell_ = {round_up(width, kPad), tanh, gate};
@@ -300,19 +300,19 @@ Translator::Translator(const Weights& weights, const TranslatorSettings& setting
   packer.finish();
 }
 
-std::unique_ptr<Share> Translator::take_share() const {
+std::unique_ptr<Worker> Translator::take_worker() const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (shares_.empty()) {
-    return std::make_unique<Share>();
+  if (workers_.empty()) {
+    return std::make_unique<Worker>();
   }
-  std::unique_ptr<Share> share = std::move(shares_.back());
-  shares_.pop_back();
-  return share;
+  std::unique_ptr<Worker> worker = std::move(workers_.back());
+  workers_.pop_back();
+  return worker;
 }
 
-void Translator::give_back(std::unique_ptr<Share> share) const {
+void Translator::give_back(std::unique_ptr<Worker> worker) const {
   const std::lock_guard<std::mutex> lock(mutex_);
-  shares_.push_back(std::move(share));
+  workers_.push_back(std::move(worker));
 }
 
 Rows Translator::convert(Rows x, int64_t rows, int64_t size, Scratch& scratch) const {
@@ -373,18 +373,18 @@ Rows Translator::encode(const Sentences& sentences, Scratch& scratch) const {
   return x;
 }
 
-int64_t Translator::memory_floats(int64_t length) const {
-  return Memory::floats(length, heads_ * head_);
+int64_t Translator::keys_values_floats(int64_t length) const {
+  return KeysValues::floats(length, heads_ * head_size_);
 }
 
-void Translator::project(Rows encoder_out, int64_t length, float* memory, int64_t layer_stride,
+void Translator::project(Rows encoder_out, int64_t length, float* keys_values, int64_t layer_stride,
                          Scratch& scratch) const {
   const Rows input = convert(encoder_out, length, decoder_[0].keys_values.in, scratch);
   for (int64_t i = 0; i < layers(); ++i) {
     const PackedLinear& layer = decoder_[i].keys_values;
-    const Rows keys_values = rows_of(scratch.wide, length, layer.out);
-    linear(layer, input, length, keys_values);
-    store_memory(keys_values, length, heads_ * head_, memory + i * layer_stride);
+    const Rows projections = rows_of(scratch.wide, length, layer.out);
+    linear(layer, input, length, projections);
+    store_keys_values(projections, length, heads_ * head_size_, keys_values + i * layer_stride);
   }
 }
 
@@ -417,15 +417,16 @@ void Translator::decode_block(int64_t index, const DecoderStep& step, int64_t be
   normalize(layer.attention_norm, x, rows, normed);
   linear(layer.query, convert(normed, rows, layer.query.in, scratch), rows, queries);
   for (int64_t i = begin; i < end; ++i) {
-    const Memory memory = step.memories[i]->layer(index, heads_ * head_);
+    const KeysValues sentence = step.keys_values[i]->layer(index, heads_ * head_size_);
     if (i + 1 < end) {
-      prefetch(step.memories[i + 1]->layer(index, heads_ * head_), heads_ * head_);
+      prefetch(step.keys_values[i + 1]->layer(index, heads_ * head_size_), heads_ * head_size_);
     }
     const int64_t row = (i - begin) * beams;
-    const Attention attention{heads_, head_, step.attention_heads,
-                              scratch.attention.floats(beams * round_up(memory.length, kPad))};
+    const Attention attention{
+        heads_, head_size_, step.attention_heads,
+        scratch.attention.floats(kTileRows * round_up(sentence.length, kPad))};
     float* weights = index == step.attention_layer ? step.attention[i] : nullptr;
-    attend(attention, memory, queries.from(row), beams, found.from(row), weights);
+    attend(attention, sentence, queries.from(row), beams, found.from(row), weights);
   }
   linear(layer.attention_out, convert(found, rows, layer.attention_out.in, scratch), rows, x, true);
 
@@ -447,8 +448,8 @@ void Translator::decode(const DecoderStep& step, int64_t begin, int64_t end, Row
   normalize(decoder_norm_, x, rows, features.from(first));
 }
 
-void Share::start(const Translator* translator, const SearchOptions& options, Sentences sentences,
-                  std::vector<int64_t> prefix, float temperature) {
+void Worker::start(const Translator* translator, const SearchOptions& options, Sentences sentences,
+                   std::vector<int64_t> prefix, float temperature) {
   translator_ = translator;
   sentences_ = std::move(sentences);
   search_.start(options, sentences_.count(), std::move(prefix));
@@ -459,28 +460,28 @@ void Share::start(const Translator* translator, const SearchOptions& options, Se
   step_.states = nullptr;
 }
 
-void Share::advance() { encoded_ ? step() : encode(); }
+void Worker::advance() { encoded_ ? step() : encode(); }
 
-void Share::encode() {
+void Worker::encode() {
   const Rows encoder_out = translator_->encode(sentences_, scratch_);
   const int64_t layers = translator_->layers();
   int64_t size = 0;
   for (int64_t i = 0; i < sentences_.count(); ++i) {
-    size += layers * translator_->memory_floats(sentences_.length(i));
+    size += layers * translator_->keys_values_floats(sentences_.length(i));
   }
-  float* memory = memory_.floats(size);
-  memories_.clear();
+  float* next = keys_values_buffer_.floats(size);
+  keys_values_.clear();
   for (int64_t i = 0; i < sentences_.count(); ++i) {
-    const int64_t length = sentences_.length(i), stride = translator_->memory_floats(length);
-    translator_->project(encoder_out.from(sentences_.begins[i]), length, memory, stride, scratch_);
-    memories_.push_back({memory, stride, length});
-    memory += layers * stride;
+    const int64_t length = sentences_.length(i), stride = translator_->keys_values_floats(length);
+    translator_->project(encoder_out.from(sentences_.begins[i]), length, next, stride, scratch_);
+    keys_values_.push_back({next, stride, length});
+    next += layers * stride;
   }
   encoded_ = true;
 }
 
 // Says what the decoder reads, and where it writes.
-void Share::prepare_step() {
+void Worker::prepare_step() {
   const int64_t rows = search_.rows(), sentences = search_.going().size();
   const int64_t beams = search_.rows_per_sentence();
   const int64_t first_row = search_.first_row();
@@ -489,18 +490,18 @@ void Share::prepare_step() {
   step_.parents.resize(rows);
   for (int64_t i = 0; i < rows; ++i) {
     step_.words[i] = search_.row()[i].word;
-    step_.parents[i] = search_.row()[i].parent - search_.first_parent();
+    step_.parents[i] = search_.row()[i].parent - search_.previous_first_row();
   }
-  step_.memories.resize(sentences);
+  step_.keys_values.resize(sentences);
   int64_t attention = attention_.size();
   for (int64_t i = 0; i < sentences; ++i) {
-    step_.memories[i] = &memories_[search_.going()[i]];
+    step_.keys_values[i] = &keys_values_[search_.going()[i]];
     for (int64_t beam = 0; beam < beams; ++beam) {
       attention_begin_.push_back(attention);
-      attention += step_.memories[i]->length;
+      attention += step_.keys_values[i]->length;
     }
   }
-  attention_.resize(attention);
+  attention_.resize(attention);  // which may move it
   step_.attention.resize(sentences);
   for (int64_t i = 0; i < sentences; ++i) {
     step_.attention[i] = attention_.data() + attention_begin_[first_row + i * beams];
@@ -511,7 +512,7 @@ void Share::prepare_step() {
   step_.next = states_[odd_].floats(translator_->layers() * rows * translator_->state_size());
 }
 
-void Share::step() {
+void Worker::step() {
   prepare_step();
   const int64_t rows = search_.rows(), sentences = search_.going().size();
   const Rows features = rows_of(features_, rows, translator_->width());
@@ -521,8 +522,8 @@ void Share::step() {
 
   choice_.width = search_.width();
   choice_.excluded = search_.excluded();
-  choice_.extra = search_.extra().data();
-  choice_.extras = search_.extras();
+  choice_.extra = search_.extra_words().data();
+  choice_.extras = search_.extras_per_row();
   const int64_t columns = choice_.width + choice_.extras;
   log_probs_.resize(rows * columns);
   words_.resize(rows * columns);
@@ -560,13 +561,13 @@ Sentences Translator::read(const Tensor& src_tokens) const {
 
 // Calls f(begin, end, scratch) for all of [0, count), in as many parts as there are threads.
 template <typename F>
-void Translator::share_out(int64_t count, const F& f) const {
+void Translator::for_each_part(int64_t count, const F& f) const {
   const int64_t part =
       std::max<int64_t>(1, (count + at::get_num_threads() - 1) / at::get_num_threads());
   at::parallel_for(0, count, part, [&](int64_t begin, int64_t end) {
-    std::unique_ptr<Share> share = take_share();
-    f(begin, end, share->scratch());
-    give_back(std::move(share));
+    std::unique_ptr<Worker> worker = take_worker();
+    f(begin, end, worker->scratch());
+    give_back(std::move(worker));
   });
 }
 
@@ -575,7 +576,7 @@ Tensor Translator::encode(const Tensor& src_tokens) const {
   const int64_t width = encoder_norm_.size, count = all.count();
   const Tensor output = at::zeros({src_tokens.size(1), count, width}, at::kFloat);
   float* data = output.data_ptr<float>();
-  share_out(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  for_each_part(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
     Sentences sentences;
     for (int64_t i = begin; i < end; ++i) {
       sentences.add(all, i);
@@ -631,9 +632,9 @@ Tensor Translator::project(const Tensor& encoder_out,
                     " features, got ", encoder_out.size(2));
   const auto places = find_places(padding_mask, count, length);
   const Tensor input = encoder_out.contiguous();
-  const int64_t floats = memory_floats(length);
+  const int64_t floats = keys_values_floats(length);
   const Tensor keys_values = at::empty({layers(), 1, count, floats}, at::kFloat);
-  share_out(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  for_each_part(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
     for (int64_t i = begin; i < end; ++i) {
       const int64_t words = places[i].size();
       const Rows x = rows_of(scratch.x, words, width);
@@ -652,7 +653,8 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> Translator::step(
     const Tensor& words, const Tensor& keys_values, const std::optional<Tensor>& padding_mask,
     int64_t length, const std::optional<Tensor>& states, int64_t layer, int64_t heads) const {
   check_float("keys_values", keys_values, 4);
-  const int64_t rows = words.numel(), count = keys_values.size(2), floats = memory_floats(length);
+  const int64_t rows = words.numel(), count = keys_values.size(2),
+                floats = keys_values_floats(length);
   TORCH_CHECK_VALUE(keys_values.sizes() == at::IntArrayRef({layers(), 1, count, floats}),
                     "keys_values must have shape (", layers(), ", 1, sentences, ", floats,
                     "), got ", keys_values.sizes());
@@ -662,7 +664,7 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> Translator::step(
   TORCH_CHECK_VALUE(0 < heads && heads <= heads_, "alignment_heads must be from 1 to ", heads_,
                     ", got ", heads);
   const auto places = find_places(padding_mask, count, length);
-  const Tensor memory = keys_values.contiguous(), ids = words.to(at::kLong).contiguous();
+  const Tensor all = keys_values.contiguous(), ids = words.to(at::kLong).contiguous();
   Tensor old;
   DecoderStep step;
   step.beams = rows / count;
@@ -685,20 +687,20 @@ std::tuple<Tensor, Tensor, std::optional<Tensor>> Translator::step(
   }
   const Tensor next = at::empty({layers(), rows, state_size()}, at::kFloat);
   step.next = next.data_ptr<float>();
-  std::vector<SentenceMemory> memories;
+  std::vector<SentenceKeysValues> sentences;
   std::vector<float> attention(rows * length);
   for (int64_t i = 0; i < count; ++i) {
-    memories.push_back({memory.const_data_ptr<float>() + i * floats, count * floats,
-                        static_cast<int64_t>(places[i].size())});
+    sentences.push_back({all.const_data_ptr<float>() + i * floats, count * floats,
+                         static_cast<int64_t>(places[i].size())});
     step.attention.push_back(attention.data() + i * step.beams * length);
   }
-  for (const SentenceMemory& one : memories) {
-    step.memories.push_back(&one);
+  for (const SentenceKeysValues& one : sentences) {  // whose addresses no longer change
+    step.keys_values.push_back(&one);
   }
   step.attention_layer = layer;
   step.attention_heads = heads;
   const Tensor features = at::empty({rows, row_stride(width())}, at::kFloat);
-  share_out(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
+  for_each_part(count, [&](int64_t begin, int64_t end, Scratch& scratch) {
     decode(step, begin, end, {features.data_ptr<float>(), features.size(1)}, scratch);
   });
   if (layer < 0 || layer >= layers()) {
@@ -757,8 +759,8 @@ Translation::Translation(c10::intrusive_ptr<Translator> translator, const Search
   }
   std::vector<int64_t> first_words = read_prefix(prefix, sentences_, words);
 
-  const int64_t needed = std::max((sentences_ * options.beam_size - 1) / kShareRows,
-                                  (all.begins.back() - 1) / kShareWords) +
+  const int64_t needed = std::max((sentences_ * options.beam_size - 1) / kWorkerRows,
+                                  (all.begins.back() - 1) / kWorkerWords) +
                          1;
   const int64_t count = std::min(sentences_, std::max<int64_t>(needed, at::get_num_threads()));
   const int64_t prefix_length = sentences_ == 0 ? 0 : first_words.size() / sentences_;
@@ -770,15 +772,15 @@ Translation::Translation(c10::intrusive_ptr<Translator> translator, const Search
       const auto begin = first_words.begin() + j * prefix_length;
       prefix_part.insert(prefix_part.end(), begin, begin + prefix_length);
     }
-    shares_.push_back(translator_->take_share());
-    shares_.back()->start(translator_.get(), options, std::move(sentences), std::move(prefix_part),
-                          static_cast<float>(temperature));
+    workers_.push_back(translator_->take_worker());
+    workers_.back()->start(translator_.get(), options, std::move(sentences), std::move(prefix_part),
+                           static_cast<float>(temperature));
   }
 }
 
 Translation::~Translation() {
-  for (auto& share : shares_) {
-    translator_->give_back(std::move(share));
+  for (auto& worker : workers_) {
+    translator_->give_back(std::move(worker));
   }
 }
 
@@ -786,22 +788,22 @@ bool Translation::advance(double seconds) {
   const std::lock_guard<std::mutex> lock(mutex_);
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
-  at::parallel_for(0, shares_.size(), 1, [&](int64_t first, int64_t last) {
+  at::parallel_for(0, workers_.size(), 1, [&](int64_t first, int64_t last) {
     for (int64_t i = first; i < last; ++i) {
-      while (!shares_[i]->done() && Clock::now() < end) {
-        shares_[i]->advance();
+      while (!workers_[i]->done() && Clock::now() < end) {
+        workers_[i]->advance();
       }
     }
   });
-  return !std::all_of(shares_.begin(), shares_.end(),
-                      [](const std::unique_ptr<Share>& share) { return share->done(); });
+  return !std::all_of(workers_.begin(), workers_.end(),
+                      [](const std::unique_ptr<Worker>& worker) { return worker->done(); });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypotheses() const {
   std::vector<Hypotheses> found;
   int64_t total = 0, positions = 0;
-  for (const auto& share : shares_) {
-    found.push_back(share->search().hypotheses());
+  for (const auto& worker : workers_) {
+    found.push_back(worker->search().hypotheses());
     total += found.back().lengths.size();
     positions += found.back().words.size();
   }
@@ -815,9 +817,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypothes
   for (int64_t i = 0; i < sentences_; ++i) {
     const int64_t part = i % found.size(), local = i / found.size();
     const Hypotheses& h = found[part];
-    const Share& share = *shares_[part];
-    const int64_t begin = share.sentences().begins[local], size = share.sentences().length(local);
-    const int64_t* places = share.sentences().places.data() + begin;
+    const Worker& worker = *workers_[part];
+    const int64_t begin = worker.sentences().begins[local], size = worker.sentences().length(local);
+    const int64_t* places = worker.sentences().places.data() + begin;
     counts.data_ptr<int64_t>()[i] = h.counts[local];
     for (int64_t j = 0; j < h.counts[local]; ++j, ++hypothesis) {
       const int64_t length = h.lengths[next[part]];
@@ -827,7 +829,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypothes
         const size_t from = next_position[part]++;
         words.data_ptr<int64_t>()[position] = h.words[from];
         log_probs.data_ptr<float>()[position] = h.log_probs[from];
-        const float* weights = share.attention(h.rows[from]);
+        const float* weights = worker.attention(h.rows[from]);
         float* to = attention.data_ptr<float>() + position * length_;
         for (int64_t s = 0; s < size; ++s) {
           to[places[s]] = weights[s];

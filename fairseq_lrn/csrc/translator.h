@@ -23,7 +23,7 @@ using Weights = c10::Dict<std::string, at::Tensor>;
 
 class Packer;
 
-// Memory at addresses that vectors like, in huge pages; it grows and keeps nothing.
+// KeysValues at addresses that vectors like, in huge pages; it grows and keeps nothing.
 class Buffer {
  public:
   Buffer() = default;
@@ -74,11 +74,11 @@ struct Sentences {
 };
 
 // Keys and values of a sentence, of all layers.
-struct SentenceMemory {
+struct SentenceKeysValues {
   const float* data;
   int64_t layer_stride, length;
 
-  Memory layer(int64_t index, int64_t width) const {
+  KeysValues layer(int64_t index, int64_t width) const {
     const float* keys = data + index * layer_stride;
     return {keys, keys + width * round_up(length, kPad), length};
   }
@@ -87,9 +87,9 @@ struct SentenceMemory {
 // One step of the decoder for the rows of some sentences, `beams` rows each.
 struct DecoderStep {
   int64_t beams;
-  std::vector<const SentenceMemory*> memories;  // of the sentences
-  std::vector<int64_t> words;                   // of the rows, which are read
-  const float* states = nullptr;                // (layers, old rows, state), zeros if null
+  std::vector<const SentenceKeysValues*> keys_values;  // of the sentences
+  std::vector<int64_t> words;                          // of the rows, which are read
+  const float* states = nullptr;                       // (layers, old rows, state), zeros if null
   int64_t old_rows = 0;
   std::vector<int64_t> parents;  // of each row the old one
   float* next = nullptr;         // (layers, rows, state)
@@ -110,8 +110,9 @@ struct Scratch {
 
 class Translator;
 
-// The search of some sentences: encodes them, then goes step by step.
-class Share {
+// Searches for the translations of some sentences, with buffers that other work may borrow: it
+// encodes them, then goes step by step.
+class Worker {
  public:
   Scratch& scratch() { return scratch_; }
   void start(const Translator* translator, const SearchOptions& options, Sentences sentences,
@@ -134,12 +135,12 @@ class Share {
   BeamSearch search_;
   bool encoded_ = false;
 
-  std::vector<SentenceMemory> memories_;
+  std::vector<SentenceKeysValues> keys_values_;
   DecoderStep step_;
   WordChoice choice_;
   std::vector<float> log_probs_, attention_;
   std::vector<int64_t> words_, attention_begin_;
-  Buffer memory_, states_[2], features_, best_;
+  Buffer keys_values_buffer_, states_[2], features_, best_;
   bool odd_ = false;  // which states the last step wrote
   Scratch scratch_;
 };
@@ -163,8 +164,8 @@ class Translation : public torch::CustomClassHolder {
  private:
   c10::intrusive_ptr<Translator> translator_;
   int64_t sentences_, length_;
-  std::vector<std::unique_ptr<Share>> shares_;  // sentence i is in share i % shares
-  std::mutex mutex_;                            // threads advance one after the other
+  std::vector<std::unique_ptr<Worker>> workers_;  // worker i % workers has sentence i
+  std::mutex mutex_;                              // threads advance one after the other
 };
 
 struct TranslatorSettings {
@@ -206,8 +207,8 @@ class Translator : public torch::CustomClassHolder {
   Rows encode(const Sentences& sentences, Scratch& scratch) const;
 
   // Keys and values of a sentence, from its rows of the encoder's output.
-  int64_t memory_floats(int64_t length) const;
-  void project(Rows encoder_out, int64_t length, float* memory, int64_t layer_stride,
+  int64_t keys_values_floats(int64_t length) const;
+  void project(Rows encoder_out, int64_t length, float* keys_values, int64_t layer_stride,
                Scratch& scratch) const;
 
   // Features of the rows of sentences [begin, end).
@@ -223,8 +224,8 @@ class Translator : public torch::CustomClassHolder {
   int64_t attention_layer() const { return attention_layer_; }
   int64_t attention_heads() const { return attention_heads_; }
 
-  std::unique_ptr<Share> take_share() const;
-  void give_back(std::unique_ptr<Share> share) const;
+  std::unique_ptr<Worker> take_worker() const;
+  void give_back(std::unique_ptr<Worker> worker) const;
 
  private:
   void encode_block(const EncoderLayer& layer, const Sentences& sentences, int64_t begin,
@@ -233,11 +234,11 @@ class Translator : public torch::CustomClassHolder {
                     Scratch& scratch) const;
   void feed_forward(const FeedForward& layer, Rows x, int64_t rows, Scratch& scratch) const;
   template <typename F>
-  void share_out(int64_t count, const F& f) const;
+  void for_each_part(int64_t count, const F& f) const;
 
   ComputeType compute_type_;
   Activation activation_fn_;
-  int64_t heads_, head_, pad_, attention_layer_, attention_heads_;
+  int64_t heads_, head_size_, pad_, attention_layer_, attention_heads_;
   Cell encoder_cell_, decoder_cell_;
   Embedding source_, target_;
   std::vector<EncoderLayer> encoder_;
@@ -248,7 +249,7 @@ class Translator : public torch::CustomClassHolder {
   std::vector<std::unique_ptr<Buffer>> packed_;
 
   mutable std::mutex mutex_;
-  mutable std::vector<std::unique_ptr<Share>> shares_;  // that wait for sentences
+  mutable std::vector<std::unique_ptr<Worker>> workers_;  // that wait for sentences
 };
 
 // One of the products alone, to test and to time.

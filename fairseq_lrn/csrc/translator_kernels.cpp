@@ -14,7 +14,6 @@ namespace {
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 constexpr float kLeast = 1e-35f;  // rows of int8 have steps no smaller than its 127th part
-constexpr int64_t kTileRows = 6;  // with these and the vectors below, sums fill the registers
 
 template <int kLanes>
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
@@ -399,15 +398,16 @@ LRN_HD float exponentiate(float* scores, int64_t length) {
 
 // Up to kTileRows queries of one head.
 template <int kLanes, int kQueries>
-LRN_HD void attend_head(const Attention& a, const Memory& memory, int64_t first, Rows query,
+LRN_HD void attend_head(const Attention& a, const KeysValues& sentence, int64_t first, Rows query,
                         Rows output, float* weights) {
   typedef Floats<kLanes> V;
-  const int64_t length = memory.length, stride = round_up(length, kPad), width = a.heads * a.head;
+  const int64_t length = sentence.length, stride = round_up(length, kPad),
+                width = a.heads * a.head_size;
   const Rows scores{a.buffer, stride};
-  const float* keys = memory.keys + first * stride;
+  const float* keys = sentence.keys + first * stride;
   for (int64_t s = 0; s < stride; s += kLanes) {
     V sums[kQueries] = {};
-    for (int64_t i = 0; i < a.head; ++i) {
+    for (int64_t i = 0; i < a.head_size; ++i) {
       const V key = load<kLanes>(keys + i * stride + s);
 #pragma GCC unroll 8
       for (int q = 0; q < kQueries; ++q) {
@@ -422,7 +422,7 @@ LRN_HD void attend_head(const Attention& a, const Memory& memory, int64_t first,
   float inverse[kQueries];
   for (int q = 0; q < kQueries; ++q) {
     inverse[q] = 1 / exponentiate<kLanes>(scores[q], length);
-    if (weights != nullptr && first < a.weight_heads * a.head) {
+    if (weights != nullptr && first < a.weight_heads * a.head_size) {
       const float* __restrict p = scores[q];
       const float share = inverse[q] / a.weight_heads;
       float* __restrict w = weights + q * length;
@@ -431,9 +431,9 @@ LRN_HD void attend_head(const Attention& a, const Memory& memory, int64_t first,
       }
     }
   }
-  for (int64_t i = 0; i < a.head; i += kLanes) {
+  for (int64_t i = 0; i < a.head_size; i += kLanes) {
     V sums[kQueries] = {};
-    const float* values = memory.values + first + i;
+    const float* values = sentence.values + first + i;
     for (int64_t s = 0; s < length; ++s) {
       const V value = load<kLanes>(values + s * width);
 #pragma GCC unroll 8
@@ -449,32 +449,32 @@ LRN_HD void attend_head(const Attention& a, const Memory& memory, int64_t first,
 }
 
 template <int kLanes, int kQueries>
-LRN_HD void attend_queries(const Attention& a, const Memory& memory, Rows query, Rows output,
+LRN_HD void attend_queries(const Attention& a, const KeysValues& sentence, Rows query, Rows output,
                            float* weights) {
   for (int64_t head = 0; head < a.heads; ++head) {
-    attend_head<kLanes, kQueries>(a, memory, head * a.head, query, output, weights);
+    attend_head<kLanes, kQueries>(a, sentence, head * a.head_size, query, output, weights);
   }
 }
 
 template <int kLanes>
-LRN_HD void attend_rows(const Attention& a, const Memory& memory, Rows query, int64_t rows,
+LRN_HD void attend_rows(const Attention& a, const KeysValues& sentence, Rows query, int64_t rows,
                         Rows output, float* weights) {
   for (int64_t row = 0; row < rows; row += kTileRows) {
     const Rows q = query.from(row), y = output.from(row);
-    float* w = weights == nullptr ? nullptr : weights + row * memory.length;
+    float* w = weights == nullptr ? nullptr : weights + row * sentence.length;
     switch (rows - row) {
       case 1:
-        return attend_queries<kLanes, 1>(a, memory, q, y, w);
+        return attend_queries<kLanes, 1>(a, sentence, q, y, w);
       case 2:
-        return attend_queries<kLanes, 2>(a, memory, q, y, w);
+        return attend_queries<kLanes, 2>(a, sentence, q, y, w);
       case 3:
-        return attend_queries<kLanes, 3>(a, memory, q, y, w);
+        return attend_queries<kLanes, 3>(a, sentence, q, y, w);
       case 4:
-        return attend_queries<kLanes, 4>(a, memory, q, y, w);
+        return attend_queries<kLanes, 4>(a, sentence, q, y, w);
       case 5:
-        return attend_queries<kLanes, 5>(a, memory, q, y, w);
+        return attend_queries<kLanes, 5>(a, sentence, q, y, w);
       default:
-        attend_queries<kLanes, kTileRows>(a, memory, q, y, w);
+        attend_queries<kLanes, kTileRows>(a, sentence, q, y, w);
     }
   }
 }
@@ -662,9 +662,9 @@ LRN_HD void best_words_rows(const PackedLinear& projection, Rows features, int64
                                     const float* zeros, Rows output) {                            \
     cell_sequence(cell, projections, steps, zeros, output);                                       \
   }                                                                                               \
-  attribute void attend_##suffix(const Attention& a, const Memory& memory, Rows query,            \
+  attribute void attend_##suffix(const Attention& a, const KeysValues& sentence, Rows query,      \
                                  int64_t rows, Rows output, float* weights) {                     \
-    attend_rows<kLanes_##suffix>(a, memory, query, rows, output, weights);                        \
+    attend_rows<kLanes_##suffix>(a, sentence, query, rows, output, weights);                      \
   }                                                                                               \
   attribute void best_words_##suffix(const PackedLinear& projection, Rows features, int64_t rows, \
                                      const WordChoice& choice, float* buffer, float* log_probs,   \
@@ -732,22 +732,22 @@ void cell_scan(const Cell& cell, Rows projections, int64_t steps, const float* z
   LRN_PICK(cell_scan, )(cell, projections, steps, zeros, output);
 }
 
-void store_memory(Rows keys_values, int64_t length, int64_t width, float* memory) {
+void store_keys_values(Rows keys_values, int64_t length, int64_t width, float* to) {
   const int64_t stride = round_up(length, kPad);
-  float* values = memory + width * stride;
-  std::fill_n(memory, width * stride, 0.0f);
+  float* values = to + width * stride;
+  std::fill_n(to, width * stride, 0.0f);
   for (int64_t s = 0; s < length; ++s) {
     const float* row = keys_values[s];
     for (int64_t i = 0; i < width; ++i) {
-      memory[i * stride + s] = row[i];
+      to[i * stride + s] = row[i];
     }
     std::copy_n(row + width, width, values + s * width);
   }
 }
 
-void attend(const Attention& attention, const Memory& memory, Rows query, int64_t rows, Rows output,
-            float* weights) {
-  LRN_PICK(attend, )(attention, memory, query, rows, output, weights);
+void attend(const Attention& attention, const KeysValues& sentence, Rows query, int64_t rows,
+            Rows output, float* weights) {
+  LRN_PICK(attend, )(attention, sentence, query, rows, output, weights);
 }
 
 int64_t best_words_floats(int64_t width) {

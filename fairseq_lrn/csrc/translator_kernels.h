@@ -10,8 +10,9 @@
 
 namespace lrn {
 
-constexpr int64_t kPanel = 64;  // outputs whose weights are next to each other
-constexpr int64_t kPad = 16;    // the longest vector
+constexpr int64_t kPanel = 64;    // outputs whose weights are next to each other
+constexpr int64_t kPad = 16;      // the longest vector
+constexpr int64_t kTileRows = 6;  // with them and the tile's vectors, sums fill the registers
 
 inline int64_t round_up(int64_t size, int64_t multiple) {
   return (size + multiple - 1) / multiple * multiple;
@@ -92,7 +93,7 @@ void cell_scan(const Cell& cell, Rows projections, int64_t steps, const float* z
 
 // The keys (heads * head, length) and values (length, heads * head) of a sentence. A feature's keys
 // begin at multiples of kPad.
-struct Memory {
+struct KeysValues {
   const float *keys, *values;
   int64_t length;
 
@@ -101,18 +102,18 @@ struct Memory {
   }
 };
 
-void store_memory(Rows keys_values, int64_t length, int64_t width, float* memory);
+void store_keys_values(Rows keys_values, int64_t length, int64_t width, float* to);
 
 // Queries of one sentence look for its values; weights (rows, length), the mean of the first
 // weight_heads heads', may be null. The query is scaled already.
 struct Attention {
-  int64_t heads, head;
+  int64_t heads, head_size;
   int64_t weight_heads;
-  float* buffer;  // (6, length), of which rows begin at multiples of kPad
+  float* buffer;  // (kTileRows, length), of which rows begin at multiples of kPad
 };
 
-void attend(const Attention& attention, const Memory& memory, Rows query, int64_t rows, Rows output,
-            float* weights);
+void attend(const Attention& attention, const KeysValues& sentence, Rows query, int64_t rows,
+            Rows output, float* weights);
 
 // The log-probabilities of each row's best words and of some given ones.
 struct WordChoice {
