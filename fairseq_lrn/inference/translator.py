@@ -38,7 +38,6 @@ class Translator:
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = model
         self._packed: Optional[Tuple[Snapshot, Dict[str, Any]]] = None  # native translators by compute type
-        self._native: Any = None  # the one whose parts stand in for the model's own
         self._lock = threading.Lock()
         self.reason: Optional[str] = None
 
@@ -59,7 +58,7 @@ class Translator:
         """Pack the weights again before the next use."""
         self._packed = None
 
-    def translates(self, part: torch.nn.Module) -> bool:
+    def owns(self, part: torch.nn.Module) -> bool:
         """Whether ``part`` is the model's encoder or decoder."""
         return part is self._model.encoder or part is self._model.decoder
 
@@ -92,8 +91,6 @@ class Translator:
         if reason is not None and reason != self.reason:
             logger.info("the model translates with PyTorch's modules: %s", reason)
         self.reason = reason
-        if compute_type == "float32":
-            self._native = native
         return native
 
     def search(self, native: Any, src_tokens: Tensor, *arguments: Any) -> Tuple[Tensor, ...]:

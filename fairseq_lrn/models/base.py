@@ -132,7 +132,7 @@ def prepared(part: Any) -> Any:
     translator = part.translator
     if translator is None or torch.compiler.is_compiling() or torch.is_grad_enabled():
         return None
-    if torch._C._is_any_autocast_enabled() or not translator.translates(part):
+    if torch._C._is_any_autocast_enabled() or not translator.owns(part):
         return None
     return translator.native()
 
