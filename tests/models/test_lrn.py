@@ -318,7 +318,8 @@ def test_compiled_layers_train_as_others():
             scores.logsumexp(2).sum().backward()
             results.append([scores, *(parameter.grad for parameter in model.parameters())])
         torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
-    assert len(graphs) == 2  # an encoder's layer and a decoder's
+    # an encoder's layer and a decoder's; PyTorch 2.4 knows layers apart
+    assert len(graphs) == (2 if torch.__version__ >= "2.5" else 4)
 
 
 @pytest.mark.parametrize(
