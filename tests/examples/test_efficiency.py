@@ -205,7 +205,7 @@ def test_decoding_prints_every_run_and_writes_json(benchmark, translated, tmp_pa
         (b, run) for b in (1, 64) for run in runs
     ]
     results = {(one["batch_size"], one["run"]): one["rounds"][0] for one in measured}
-    assert [result["sentences"] for result in results.values()] == [3, 3, 21, 21]
+    assert all(result["sentences"] == 21 for result in results.values())
     for batch_size in (1, 64):
         bleu = [results[batch_size, run]["bleu"] for run in runs]
         assert bleu[0] == pytest.approx(100) and bleu[1] < 90
