@@ -53,6 +53,10 @@ class BeamSearch {
   int64_t first_row() const { return first_; }
   int64_t first_parent() const { return first_parent_; }
 
+  // The most that width, extras and excluded can be at any step.
+  int64_t most_words() const { return options_.beam_size == 1 ? 1 : 2 * options_.beam_size; }
+  static constexpr int64_t kMostExtras = 2, kMostExcluded = 3;
+
   // The candidates of each row: its `width` best words, without those `excluded`, then `extras`
   // words that are given. `extra` has the latter, row by row.
   int64_t width() const { return width_; }

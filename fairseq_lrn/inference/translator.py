@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.base import find_padding
 from ..ops._library import loaded
+from .cuda_graph import StepGraphs
 from .reading import Snapshot, Unknown, read
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class Translator:
         self._native: Any = None  # the one whose parts stand in for the model's own
         self._lock = threading.Lock()
         self.reason: Optional[str] = None
+        self.graphs = StepGraphs(model)  # for where the model is on a GPU
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Translator":
