@@ -89,6 +89,14 @@ def build_bigram(log_probs, impossible=(), seed=0, **options):
     return model
 
 
+def halve_in_place(model):
+    """As ``model.half()``, where the allocator gives the memory that the weights had, as it may."""
+    for parameter in model.parameters():
+        half = parameter.data.half()
+        place = parameter.data.flatten().view(torch.float16)[: half.numel()].view_as(half)
+        parameter.data = place.copy_(half)
+
+
 def batch(lengths=(7, 3, 11, 5, 1), words=54, left=True, seed=1, device="cpu"):
     """A batch of random sentences, </s> included, padded on one side."""
     source = sentences(lengths, PAD, left, seed, words).to(device)

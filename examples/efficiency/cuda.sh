@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On a machine with a CUDA card: build, test and measure; README.md says what is measured.
-#   bash cuda.sh [STEP ...] [-- benchmark_cuda.py's option ...]      all steps: build test sanitize measure
+#   bash cuda.sh [STEP ...] [-- benchmark_cuda.py's option ...]      all steps: build test sanitize measure translate
 # Needed: fairseq, pytest and hypothesis, and for all rows of the table: pip install sru flash-linear-attention
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -8,7 +8,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 steps=()
 while [[ $# -gt 0 && $1 != -- ]]; do steps+=("$1") && shift; done
 [[ $# -eq 0 ]] || shift
-[[ ${#steps[@]} -gt 0 ]] || steps=(build test sanitize measure)
+[[ ${#steps[@]} -gt 0 ]] || steps=(build test sanitize measure translate)
 trap '[[ $? -eq 0 ]] || echo "cuda.sh: stopped in step: $step" >&2' EXIT
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 
@@ -38,6 +38,7 @@ for step in "${steps[@]}"; do
       fi
       ;;
     measure) python examples/efficiency/benchmark_cuda.py "$@" ;;
-    *) step=arguments; echo "unknown step, want build, test, sanitize or measure" >&2; exit 1 ;;
+    translate) python examples/efficiency/decoding_cuda.py ;;
+    *) step=arguments; echo "unknown step, want build, test, sanitize, measure or translate" >&2; exit 1 ;;
   esac
 done

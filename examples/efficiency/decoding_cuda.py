@@ -2,9 +2,9 @@
 
     python decoding_cuda.py [--beam 4 1] [--batch-size 1 128] [--dtype float32 float16] [--json FILE]
 
-All sentences and translations have 25 words. The contenders take turns, and the table has medians. A
-contender that fails is named and left out. CTranslate2 takes part in float16 if it is installed. Without a
-card all runs at tiny sizes on the CPU.
+All sentences and translations have 25 words, and all contenders make 26 steps, the last for </s>. The
+contenders take turns, and the table has medians. A contender that fails is named and left out. CTranslate2
+takes part in float16 if it is installed. Without a card all runs at tiny sizes on the CPU.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from fairseq.sequence_generator import SequenceGenerator
 from models import build, make_dictionary, peer
 from torch import nn
 
-from fairseq_lrn.inference import BeamSearchGenerator
+from fairseq_lrn.inference import BeamSearchGenerator, Translator
 
 WORDS, VOCABULARY = (25, 32000) if CUDA else (4, 60)
 ARCHITECTURES = {
@@ -41,7 +41,6 @@ TINY = {
     for side in ("encoder", "decoder")
     for name, size in (("embed_dim", 16), ("ffn_embed_dim", 16), ("layers", 1), ("attention_heads", 2))
 }
-DTYPES = ["float32", "float16", "bfloat16"]
 
 
 class Plain(BeamSearchGenerator):
@@ -49,7 +48,8 @@ class Plain(BeamSearchGenerator):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self.graphs = SimpleNamespace(serve=lambda beam_size: False)
+        self.translator = Translator(self.model.single_model)
+        self.translator.graphs = SimpleNamespace(search=lambda *_: None)
 
 
 CONTENDERS = {
@@ -128,8 +128,8 @@ def measure(
             words,
             beam_size=beam,
             max_batch_size=batch_size,
-            min_decoding_length=WORDS,
-            max_decoding_length=WORDS,
+            min_decoding_length=WORDS + 1,  # of words that are not </s>: it makes none at the limit
+            max_decoding_length=WORDS + 1,
         )
     title = f"{str(dtype)[6:]}, beam {beam}, batch {batch_size}"
     first: Dict[str, float] = {}
@@ -198,10 +198,6 @@ def main() -> None:
                 if args.json:
                     report = {"environment": facts, "failures": failures, "measured": measured}
                     args.json.write_text(json.dumps(report, indent=1))
-        if CUDA:
-            gib = torch.cuda.max_memory_allocated() / 2**30
-            print(f"peak of memory, {str(dtype)[6:]}: {gib:.2f} GiB", flush=True)
-            torch.cuda.reset_peak_memory_stats()
     if not CUDA:
         print("There is no CUDA card: tiny sizes were tried out on the CPU, and the times say nothing.")
 

@@ -47,8 +47,7 @@ int64_t BeamSearch::forced_word(int64_t sentence) const {
 // Says which candidates the next step needs.
 void BeamSearch::plan_candidates() {
   const bool last = step_ >= options_.max_length, in_prefix = !last && step_ < prefix_length_;
-  // with one row its best word is enough: if that is </s>, the sentence is done
-  width_ = last ? 0 : options_.beam_size == 1 ? 1 : 2 * options_.beam_size;
+  width_ = last ? 0 : most_words();
   forces_ = last || in_prefix;
   excluded_.assign({options_.pad});
   if (step_ < options_.min_length && !in_prefix) {
@@ -250,6 +249,12 @@ struct BeamSearchHolder : torch::CustomClassHolder {
     return {words, parents};
   }
 
+  // beam_size, and the most best words, extra words and excluded words of any step.
+  std::tuple<int64_t, int64_t, int64_t, int64_t> sizes() const {
+    return {search.beam_size(), search.most_words(), lrn::BeamSearch::kMostExtras,
+            lrn::BeamSearch::kMostExcluded};
+  }
+
   Tensor extra() const {
     return to_tensor(search.extra_words()).view({search.rows(), search.extras_per_row()});
   }
@@ -271,6 +276,7 @@ LRN_LIBRARY(m) {
                        double, double, bool, const std::optional<Tensor>&>())
       .def("advance", &BeamSearchHolder::advance)
       .def("rows", &BeamSearchHolder::rows)
+      .def("sizes", &BeamSearchHolder::sizes)
       .def("width",
            [](const c10::intrusive_ptr<BeamSearchHolder>& self) { return self->search.width(); })
       .def("excluded",

@@ -55,6 +55,11 @@ class BeamSearch {
   int64_t first_row() const { return first_row_; }
   int64_t previous_first_row() const { return previous_first_row_; }
 
+  // The most that width, extras_per_row and excluded can be at any step. With one row its best word
+  // is enough: if that is </s>, the sentence is done.
+  int64_t most_words() const { return options_.beam_size == 1 ? 1 : 2 * options_.beam_size; }
+  static constexpr int64_t kMostExtras = 2, kMostExcluded = 3;
+
   // The candidates of each row: its `width` best words, without those `excluded`, then as many of
   // the `extra_words`, which are given row by row.
   int64_t width() const { return width_; }

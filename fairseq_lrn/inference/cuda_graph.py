@@ -18,16 +18,16 @@ from .reading import Snapshot, Unknown, read
 
 logger = logging.getLogger(__name__)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-_GRAPHS = 32  # at most; those not used for longest go first
-_EXTRAS = 2  # words beside the best that a search may ask for: <unk> and one that is forced
-_EXCLUDED = 3  # words that it may exclude: padding, </s> and <unk>
+_STEPS = 32  # at most; those not used for longest go first
+_CAPTURING = threading.Lock()  # a process may capture one graph at a time
 
 
 class StepGraphs:
     """The decoder's steps for the native search, each a CUDA graph for some number of rows and source length.
 
-    A graph reads the weights in place, so training in place changes its results. Graphs are dropped when
-    modules, parameters, their memory or settings were replaced. Searches of one generator take turns.
+    A shape's second use captures its graph. At the first use kernels are launched one by one. Graphs are
+    dropped when modules, parameters, their values or settings were replaced, and by :meth:`clear`. Switches
+    of PyTorch, as for TF32, count as they were at the capture. Searches of one model take turns.
 
     Args:
         model: any fairseq model
@@ -40,31 +40,29 @@ class StepGraphs:
         self._weight: Any = None  # one of the model's, if its steps are known
         self._lock = threading.Lock()
         self._captures = device_type == "cuda"
-        self._stream: Optional[torch.cuda.Stream] = None
+        self._stream: Any = None  # graphs that share memory are captured on one
         self._clear()
 
-    def __reduce__(self) -> Tuple[Any, ...]:
-        """A copy starts without graphs."""
-        return type(self), (self._model, self._device_type)
-
-    def _clear(self) -> None:
-        self._steps: OrderedDict[Tuple[Any, ...], _Step] = OrderedDict()
-        self._memory: Optional[Tensor] = None  # of keys and values: one step at a time needs them
-        self._pool: Any = None  # of the graphs' memory
-
-    def serve(self, beam_size: int) -> bool:
-        """Whether the model is a known ``lrn`` on a device of the given type."""
+    def clear(self) -> None:
+        """Free all memory, after a search that is running."""
         with self._lock:
-            if self._snapshot is None or not self._snapshot.same():
-                self._weight, snapshot = None, Snapshot(self._model)
-                if any(parameter.device.type == self._device_type for parameter in snapshot.parameters):
-                    self._read()
-                self._snapshot = snapshot
-        words = self._model.decoder.embed_tokens.num_embeddings if self._weight is not None else 0
-        return _width(beam_size) <= words
+            self._clear()
+
+    def _clear(self, memory: Optional[Tensor] = None) -> None:
+        self._steps: OrderedDict[Tuple[Any, ...], _Step] = OrderedDict()
+        self._memory = memory  # of keys and values: one step at a time needs them
+
+    def _known(self) -> bool:
+        """Whether the model is a known ``lrn`` on a device of the given type."""
+        if self._snapshot is None or not self._snapshot.same():
+            self._clear()
+            self._weight, snapshot = None, Snapshot(self._model)
+            if any(parameter.device.type == self._device_type for parameter in snapshot.parameters):
+                self._read()
+            self._snapshot = snapshot
+        return self._weight is not None
 
     def _read(self) -> None:
-        self._clear()
         try:
             weights, _ = read(self._model, self._device_type, _DTYPES)
             if any("forward" in vars(module) for module in self._model.modules()):
@@ -76,105 +74,138 @@ class StepGraphs:
             self._weight = self._model.decoder.embed_tokens.weight
 
     def search(
-        self, net_input: Dict[str, Tensor], search: Any, beam_size: int, temperature: float
-    ) -> Tuple[Tensor, ...]:
+        self, net_input: Dict[str, Tensor], search: Any, temperature: float
+    ) -> Optional[Tuple[Tensor, ...]]:
         """Translate a batch.
 
         Args:
             net_input: with ``src_tokens`` (B, S), on the model's device
-            search: a new native search of B sentences with ``beam_size``
-            beam_size: hypotheses of a sentence
+            search: a new native search of B sentences
             temperature: divides the scores
 
         Returns:
-            as :meth:`~fairseq_lrn.inference.translator.Translator.search`
+            as :meth:`~fairseq_lrn.inference.translator.Translator.search`, or None if the model is no known
+            ``lrn`` on a device of the given type, or has fewer words than a step of the search may need
         """
-        device = self._weight.device
-        context = torch.cuda.device(device) if device.type == "cuda" else torch.no_grad()
-        # what a step keeps must be usable outside inference mode too
-        with self._lock, context, torch.inference_mode(False), torch.no_grad():
-            encoder_out = self._model.encoder.forward_torchscript(net_input)
-            memory = encoder_out["encoder_out"][0]
-            length, sentences, _ = memory.shape
-            kept: List[Tensor] = []  # attention of all rows of each step's graph
-            places: List[Tensor] = []  # where in these the rows of the search are
-            offset = 0
-            rows = torch.arange(sentences) * beam_size  # at first one row a sentence
-            if sentences > 0:
-                step = self._step(sentences, length, beam_size, temperature)
-                step.begin(encoder_out)
-                going = True
-                while going:
-                    tokens, order = search.rows()
-                    parents = rows[order] if kept else rows
-                    if len(kept) == 1 or len(tokens) != len(rows):
-                        groups = parents[::beam_size] // beam_size
-                        rows = (groups[:, None] * beam_size + torch.arange(beam_size)).flatten()
-                        if 4 * len(groups) <= step.sentences:
-                            state = step.state(parents, groups)
-                            step = self._step(len(groups), length, beam_size, temperature)
-                            step.set_state(*state)
-                            rows = parents = torch.arange(len(tokens))
-                    going = search.advance(*step.run(search, rows, tokens, parents))
-                    places.append(rows + offset)
-                    kept.append(step.attention.clone())
-                    offset += len(kept[-1])
-            *found, ancestors = search.hypotheses()
-            found = [x.to(device) for x in found]
-            if not kept:
-                return (*found, torch.empty(0, length, device=device))
-            attended = torch.cat(kept)[:, :length].index_select(0, torch.cat(places)[ancestors].to(device))
-            return (*found, attended.float())
+        with self._lock:
+            _, width, _, _ = search.sizes()
+            if not self._known() or width > len(self._weight):
+                return None
+            # what a step keeps must be usable outside inference mode too
+            with torch.cuda.device_of(self._weight), torch.inference_mode(False), torch.no_grad():
+                return self._search(net_input, search, temperature)
 
-    def _step(self, sentences: int, length: int, beam_size: int, temperature: float) -> "_Step":
+    def _search(self, net_input: Dict[str, Tensor], search: Any, temperature: float) -> Tuple[Tensor, ...]:
+        encoder_out = self._model.encoder.forward_torchscript(net_input)
+        memory = encoder_out["encoder_out"][0]
+        length, sentences, _ = memory.shape
+        sizes = search.sizes()
+        beam_size = sizes[0]
+        # Row i of the search is row rows[i] of the step. At first a sentence has one row.
+        rows = torch.arange(sentences) * beam_size
+        kept: List[Tensor] = []  # attention of all rows, of each step
+        places: List[Tensor] = []  # of the search's rows in these, one after the other
+        offset = 0
+        going = sentences > 0
+        if going:
+            step = self._step(sentences, length, sizes, temperature)
+            step.begin(encoder_out)
+        while going:
+            tokens, order = search.rows()
+            parents = rows[order] if kept else rows
+            if len(kept) == 1 or len(tokens) != len(rows):  # sentences have all their rows now, or some ended
+                left = parents[::beam_size] // beam_size  # places of sentences in the step
+                rows = (left[:, None] * beam_size + torch.arange(beam_size)).flatten()
+                if 4 * len(left) <= step.sentences:  # they move to the beginning of a smaller step
+                    state = step.state(parents, left)
+                    step = self._step(len(left), length, sizes, temperature)
+                    step.set_state(*state)
+                    rows = parents = torch.arange(len(tokens))
+            log_probs, words, attention = step.run(search, rows, tokens, parents)
+            going = search.advance(log_probs, words)
+            places.append(rows + offset)
+            kept.append(attention)
+            offset += len(attention)
+        *found, ancestors = search.hypotheses()
+        found = [x.to(memory.device) for x in found]
+        if not kept:
+            return (*found, torch.empty(0, length, device=memory.device))
+        attended = torch.cat(kept)[:, :length].index_select(0, torch.cat(places)[ancestors].to(memory.device))
+        return (*found, attended.float())
+
+    def _step(self, sentences: int, length: int, sizes: Tuple[int, ...], temperature: float) -> "_Step":
         """Return a step for at least this many sentences and source positions."""
-        shape = (_round_up(sentences, 1), _round_up(length, 16), beam_size)
-        key = (*shape, temperature)
+        shape = (_round_up(sentences, 1), _round_up(length, 16))
+        key = (*shape, sizes, temperature)
         step = self._steps.pop(key, None)
         if step is None:
             memory = self._keys_values(shape[0] * shape[1])
-            while len(self._steps) >= _GRAPHS:
+            while len(self._steps) >= _STEPS:
                 self._steps.popitem(last=False)
-            step = _Step(self._model.decoder, memory, *shape, temperature)
-            if self._captures:
-                self._capture(step)
+            step = _Step(self._model.decoder, memory, *shape, sizes, temperature)
+        elif step.graph is None and self._captures:
+            self._capture(step)
         self._steps[key] = step
         return step
 
     def _keys_values(self, positions: int) -> Tensor:
         """Return memory for keys and values of this many positions. New memory drops all graphs."""
-        layers, width = len(self._model.decoder.layers), self._model.decoder.embed_tokens.embedding_dim
+        layers, width = len(self._model.decoder.layers), self._weight.size(1)
         size = layers * 2 * width
         if self._memory is None or len(self._memory) < size * positions:
             self._clear()
-            self._memory = self._weight.new_zeros(size << (positions - 1).bit_length())
+            self._memory = self._weight.new_zeros(size * _round_up(positions, 256))
         return self._memory[: size * positions]
 
     def _capture(self, step: "_Step") -> None:
-        current, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
-        try:
-            if self._stream is None:
-                self._stream = torch.cuda.Stream()  # one, so that graphs share memory
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            self._stream.wait_stream(current)
-            with torch.cuda.stream(self._stream):
-                step.compute()  # libraries allocate and choose kernels at their first call
-            self._stream.synchronize()
-            # what other threads do meanwhile, such as reading ahead, does not matter
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                step.compute()
-            step.graph = graph
-        except RuntimeError as error:
-            self._captures = False
-            torch.cuda.set_stream(current)
-            logger.warning("no CUDA graph can be captured, kernels are launched one by one: %s", error)
+        """Capture a graph of ``step`` if possible."""
+        for _ in range(2):
+            try:
+                step.graph = self._graph(step)
+                return
+            except RuntimeError as error:
+                if "out of memory" not in str(error):
+                    self._captures = False
+                    logger.warning(
+                        "no CUDA graph can be captured, kernels are launched one by one: %s", error
+                    )
+                    return
+            for other in self._steps.values():
+                other.graph = None  # a search may still hold the step that it leaves
+            self._clear(self._memory)
+        logger.info("there is too little memory for a CUDA graph, kernels are launched one by one")
+
+    def _graph(self, step: "_Step") -> Any:
+        """Return a graph whose ``replay()`` does what ``step.compute()`` does."""
+        graph, current = torch.cuda.CUDAGraph(), torch.cuda.current_stream()
+        others = [other.graph for other in self._steps.values() if other.graph is not None]
+        if not others:
+            self._stream = torch.cuda.Stream()
+        with _CAPTURING:
+            # Libraries load kernels at their first call. Only captures use the other stream: so its workspace
+            # of cuBLAS is in the graphs' memory and lives as long, whoever clears PyTorch's workspaces.
+            step.compute()
+            try:
+                # what other threads do meanwhile, such as reading ahead, does not matter
+                pool = others[0].pool() if others else None
+                with torch.cuda.graph(graph, pool, self._stream, capture_error_mode="thread_local"):
+                    step.compute()
+            finally:
+                torch.cuda.set_stream(current)  # PyTorch leaves the other one if capturing fails
+        return graph
 
 
 class _Step:
     """One step of a decoder. All its inputs and outputs have fixed places in memory.
 
     It has room for a number of sentences with ``beam_size`` rows each. Finished sentences stay in it.
+
+    Args:
+        decoder: of a known ``lrn``
+        keys_values: memory for them, as many elements as they have
+        sentences, length: for how many sentences and source positions it has room
+        sizes: of the search, from its ``sizes()``
+        temperature: divides the scores
     """
 
     def __init__(
@@ -183,32 +214,33 @@ class _Step:
         keys_values: Tensor,
         sentences: int,
         length: int,
-        beam_size: int,
+        sizes: Tuple[int, ...],
         temperature: float,
     ) -> None:
         weight = decoder.embed_tokens.weight
+        beam_size, self.width, self.extras, self.excluded = sizes
         device, rows = weight.device, sentences * beam_size
         heads = weight.size(1) // decoder.layers[0].encoder_attn.head_dim
         pinned = device.type == "cuda"
-        self.decoder, self.temperature, self.width = decoder, temperature, _width(beam_size)
-        self.sentences = sentences
+        self.decoder, self.temperature, self.sentences = decoder, temperature, sentences
         self.graph: Any = None
         self.keys_values = keys_values.view(len(decoder.layers), 2, sentences, heads, length, -1)
         self.padding_mask = torch.zeros(sentences, length, dtype=torch.bool, device=device)
         self.states = weight.new_zeros(len(decoder.layers), rows, weight.size(1))
         self.attention = weight.new_zeros(rows, length)
         # of each row the token, the row that it follows and extra words; then what is excluded
-        self.host_input = torch.zeros((2 + _EXTRAS) * rows + _EXCLUDED, dtype=torch.int64, pin_memory=pinned)
+        inputs = (2 + self.extras) * rows + self.excluded
+        self.host_input = torch.zeros(inputs, dtype=torch.int64, pin_memory=pinned)
         self.input = torch.zeros_like(self.host_input, device=device)
         # log-probabilities and words of the candidates
-        self.host_found = torch.zeros(2, rows, self.width + _EXTRAS, pin_memory=pinned)
+        self.host_found = torch.zeros(2, rows, self.width + self.extras, pin_memory=pinned)
         self.found = torch.zeros_like(self.host_found, device=device)
 
     def _parts(self, inputs: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Tokens (N), parents (N), extra words (N, 2) and excluded ones (3)."""
+        """Tokens (N), parents (N), extra words (N, extras) and excluded ones (excluded)."""
         rows = self.states.size(1)
-        tokens, parents, extra, excluded = inputs.split([rows, rows, _EXTRAS * rows, _EXCLUDED])
-        return tokens, parents, extra.view(rows, _EXTRAS), excluded
+        tokens, parents, extra, excluded = inputs.split([rows, rows, self.extras * rows, self.excluded])
+        return tokens, parents, extra.view(rows, self.extras), excluded
 
     def compute(self) -> None:
         """The captured part: from the tokens of all rows to their candidates, attention and states."""
@@ -267,11 +299,11 @@ class _Step:
         self.padding_mask[:sentences, length:] = True
         self.padding_mask[:sentences, :length] = padding_mask
 
-    def run(self, search: Any, rows: Tensor, tokens: Tensor, parents: Tensor) -> Tuple[Tensor, Tensor]:
+    def run(self, search: Any, rows: Tensor, tokens: Tensor, parents: Tensor) -> Tuple[Tensor, ...]:
         """Run a step. The search's rows are at ``rows`` and follow the rows ``parents`` of the last step.
 
         Returns:
-            log-probabilities and words for ``search``, on the host
+            log-probabilities and words for ``search``, on the host, and attention of all rows
         """
         all_tokens, all_parents, all_extra, all_excluded = self._parts(self.host_input)
         all_tokens[rows] = tokens
@@ -279,7 +311,7 @@ class _Step:
         extra, excluded = search.extra(), search.excluded()
         if extra.size(1) > 0:
             all_extra[rows, : extra.size(1)] = extra
-        all_excluded.copy_(torch.tensor((excluded * _EXCLUDED)[:_EXCLUDED]))
+        all_excluded.copy_(torch.tensor((excluded * self.excluded)[: self.excluded]))
 
         self.input.copy_(self.host_input, non_blocking=True)
         if self.graph is None:
@@ -287,16 +319,12 @@ class _Step:
         else:
             self.graph.replay()
         self.host_found.copy_(self.found, non_blocking=True)
+        attention = self.attention.clone()
         if self.found.is_cuda:
             torch.cuda.current_stream().synchronize()
         columns = slice(self.width - search.width(), self.width + extra.size(1))
         log_probs, words = self.host_found[0], self.host_found[1].view(torch.int32)
-        return log_probs[rows, columns], words[rows, columns]
-
-
-def _width(beam_size: int) -> int:
-    """Number of best words that a search needs."""
-    return 1 if beam_size == 1 else 2 * beam_size
+        return log_probs[rows, columns], words[rows, columns], attention
 
 
 def _round_up(size: int, least: int) -> int:

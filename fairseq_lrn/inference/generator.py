@@ -12,7 +12,6 @@ from ..models.deepnmt import DeepNMTModel
 from ..models.lrn import LRNModel
 from ..ops import log_softmax_topk
 from ..ops._library import loaded
-from .cuda_graph import StepGraphs
 from .reading import replaced_method
 from .translator import Translator
 
@@ -25,9 +24,9 @@ class BeamSearchGenerator(SequenceGenerator):
 
     The search is native. A step gives it the best ``2 * beam_size`` words of each hypothesis, and finished
     hypotheses are read from its history. If a :class:`Translator` knows the model, the steps are native too.
-    Otherwise the model's modules run them, on any device. On a GPU :class:`StepGraphs` captures them if it
-    knows the model. Ensembles, other models, adaptive softmax, sampling and other searches, constraints, a
-    language model, and n-grams that may not repeat use fairseq's search.
+    Otherwise the model's modules run them, on any device. On a GPU the translator's graphs do, if they know
+    the model. Ensembles, other models, adaptive softmax, sampling and other searches, constraints, a language
+    model, and n-grams that may not repeat use fairseq's search.
     """
 
     def __init__(self, models, tgt_dict, compute_type="float32", **kwargs):
@@ -40,7 +39,6 @@ class BeamSearchGenerator(SequenceGenerator):
         super().__init__(models, tgt_dict, **kwargs)
         self.compute_type = compute_type
         self.translator = Translator.of(self.model.single_model)
-        self.graphs = StepGraphs(self.model.single_model)
 
     def _generate(
         self,
@@ -95,9 +93,9 @@ class BeamSearchGenerator(SequenceGenerator):
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
         else:
             search = torch.classes.fairseq_lrn.BeamSearch(len(src_tokens), *options)
-            if self.graphs.serve(self.beam_size) and not autocast:
-                found = self.graphs.search(sample["net_input"], search, self.beam_size, self.temperature)
-            else:
+            graphs = self.translator.graphs
+            found = None if autocast else graphs.search(sample["net_input"], search, self.temperature)
+            if found is None:
                 found = self._search(sample["net_input"], search)
         return _check(sample, _split(*found))
 

@@ -65,7 +65,7 @@ SETTINGS: Dict[type, Tuple[str, ...]] = {
     Dropout: ("apply_during_inference", "p"),
     WordDropout: ("apply_during_inference", "p"),
 }
-_FORWARD, _VERSION = operator.attrgetter("forward"), operator.attrgetter("_version")
+_FORWARD, _VERSION, _DTYPE = map(operator.attrgetter, ("forward", "_version", "dtype"))
 _ACTIVATIONS = {F.relu: "relu", torch.tanh: "tanh", gelu: "gelu", gelu_accurate: "gelu_accurate"}
 _LINEAR_CODE = get_activation_fn("linear").__code__  # a new function each time
 _GLOBAL_HOOKS = (modules._global_forward_hooks, modules._global_forward_pre_hooks)
@@ -124,6 +124,7 @@ class Snapshot:
             list(map(len, self.hooks)),
             list(map(id, self._owned())),
             list(map(Tensor.data_ptr, self.parameters)),
+            list(map(_DTYPE, self.parameters)),  # memory of one may be used again for another
             list(map(Tensor.is_contiguous, self.parameters)),
             list(map(_VERSION, self.versioned)),
             list(map(_FORWARD, CHILDREN)),

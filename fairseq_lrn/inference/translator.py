@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..models.base import find_padding
 from ..ops._library import loaded
+from .cuda_graph import StepGraphs
 from .reading import Snapshot, Unknown, read
 
 logger = logging.getLogger(__name__)
@@ -40,6 +41,7 @@ class Translator:
         self._packed: Optional[Tuple[Snapshot, Dict[str, Any]]] = None  # native translators by compute type
         self._lock = threading.Lock()
         self.reason: Optional[str] = None
+        self.graphs = StepGraphs(model)  # for where the model is on a GPU
 
     @classmethod
     def of(cls, model: torch.nn.Module) -> "Translator":

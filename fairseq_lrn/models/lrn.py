@@ -162,8 +162,13 @@ class LRNModel(EncoderDecoderModel):
         return result
 
     def train(self, mode: bool = True) -> "LRNModel":
-        """As :meth:`nn.Module.train`. A translator then packs the weights again."""
+        """As :meth:`nn.Module.train`. A translator then packs the weights again.
+
+        While the model trains, no memory is kept for translating on a GPU.
+        """
         self._refresh()
+        if mode and self.translator is not None:
+            self.translator.graphs.clear()
         return super().train(mode)
 
     def make_generation_fast_(self, **kwargs) -> None:

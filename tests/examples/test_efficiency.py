@@ -102,17 +102,18 @@ def cuda(folder, *words):
 
 
 def test_cuda_command_takes_steps_and_options(tmp_path):
-    done = cuda(tmp_path, "test", "measure", "--", "--json", "out.json")
+    done = cuda(tmp_path, "test", "measure", "translate", "--", "--json", "out.json")
     assert done.returncode == 0, done.stderr
-    first, second = done.stdout.splitlines()
+    first, second, third = done.stdout.splitlines()
     assert first.startswith("python -m pytest -q tests/ops")
     assert second == "python examples/efficiency/benchmark_cuda.py --json out.json"
+    assert third == "python examples/efficiency/decoding_cuda.py"
 
 
 def test_cuda_command_names_a_step_it_does_not_know(tmp_path):
     done = cuda(tmp_path, "bild")
     assert done.returncode == 1
-    assert "want build, test, sanitize or measure" in done.stderr
+    assert "want build, test, sanitize, measure or translate" in done.stderr
 
 
 def test_units_prints_every_unit_beside_the_paper(benchmark, tmp_path):

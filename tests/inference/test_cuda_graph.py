@@ -8,6 +8,8 @@ import itertools
 import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,6 +22,7 @@ from translations import (
     batch,
     build,
     build_generator,
+    halve_in_place,
     searches,
     translate,
     values_of,
@@ -35,29 +38,55 @@ needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 class Steps(StepGraphs):
-    """Says how many searches it made."""
+    """Counts searches and captures. On the CPU a step stands in for its graph."""
 
-    searches = 0
+    searches = captures = 0
+    at_first = True  # capture when a shape is first used
+
+    def __init__(self, model, device_type):
+        super().__init__(model, device_type)
+        self._captures = True
+        self.failures = []  # errors of the next captures
+
+    def __reduce__(self):
+        return type(None), ()
 
     def search(self, *arguments):
-        self.searches += 1
-        return super().search(*arguments)
+        found = super().search(*arguments)
+        self.searches += found is not None
+        return found
+
+    def _step(self, *arguments):
+        for _ in range(1 + self.at_first):
+            step = super()._step(*arguments)
+        return step
+
+    def _graph(self, step):
+        self.captures += 1
+        if self.failures:
+            raise self.failures.pop(0)
+        return super()._graph(step) if self._device_type == "cuda" else SimpleNamespace(replay=step.compute)
 
 
 class Task(LRNTranslationTask):
     """Translates by the steps, on the CPU too."""
+
+    at_first = True
 
     def build_generator(self, models, *args, **kwargs):
         generator = super().build_generator(models, *args, **kwargs)
         assert isinstance(generator, BeamSearchGenerator)
         generator.translator.native = lambda *_: None
         device = next(models[0].parameters()).device
-        generator.graphs = models[0].graphs = Steps(models[0], device.type)
+        generator.translator.graphs = models[0].graphs = Steps(models[0], device.type)
+        models[0].graphs.at_first = self.at_first
         return generator
 
 
-def on(device, sample):
-    return {"net_input": {name: x.to(device) for name, x in sample["net_input"].items()}}
+class SecondTask(Task):
+    """As the task itself does, the second use of a shape captures."""
+
+    at_first = False
 
 
 def same(model, sample, *arguments, **options):
@@ -152,18 +181,135 @@ def test_many_batches_share_few_steps(device):
             for name in x:
                 x[name] = x[name].cpu()
         assert_same_hypotheses(found, expected)
-    assert len(generator.graphs._steps) < 24
+    assert len(generator.translator.graphs._steps) < 24
 
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_few_steps_are_kept(device, monkeypatch):
-    monkeypatch.setattr("fairseq_lrn.inference.cuda_graph._GRAPHS", 2)
+    """Those used last. The memory of keys and values is that of the largest step, and no more."""
+    monkeypatch.setattr("fairseq_lrn.inference.cuda_graph._STEPS", 3)
     model = build(device=device)
-    generator = build_generator([model], Task, beam=2, max_len_b=12)
-    expected = [translate(generator, batch([n] * 3, device=device)) for n in (3, 20, 40, 70)]
-    assert len(generator.graphs._steps) == 2
-    for n, wanted in zip((3, 20, 40, 70), expected):
-        assert_same_hypotheses(translate(generator, batch([n] * 3, device=device)), wanted)
+    generator = build_generator([model], SecondTask, beam=2, min_len=6, max_len_b=6)
+    graphs, found = generator.translator.graphs, {}
+
+    def kept(lengths):
+        for n in lengths:
+            hypotheses = translate(generator, batch([n] * 3, device=device))
+            assert_same_hypotheses(hypotheses, found.setdefault(n, hypotheses))
+        return [step.padding_mask.size(1) for step in graphs._steps.values()]
+
+    assert kept([400, 1, 17]) == [448, 16, 32]
+    assert kept([400]) == [16, 32, 448]
+    assert kept([33]) == [32, 448, 48]
+    assert kept([1, 17, 1, 17]) == [48, 16, 32]
+    assert graphs.captures == 3  # of 448, and then of 16 and 32
+    largest = 3 * 448 * 2 * 2 * 16  # sentences, positions, keys and values, layers, width
+    assert largest <= graphs._memory.numel() <= 1.25 * largest
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_second_use_of_a_shape_captures(device):
+    """The first launches kernels one by one, and the third only replays."""
+    model = build(device=device)
+    generator = build_generator([model], SecondTask, beam=2, max_len_b=12)
+    graphs, sample, expected = generator.translator.graphs, batch(device=device), None
+    for captures in (0, 1, 1):
+        found = translate(generator, sample)
+        assert_same_hypotheses(found, expected or found)
+        expected, (step,) = found, graphs._steps.values()
+        assert graphs.captures == captures == (step.graph is not None)
+    translate(generator, batch(seed=2, device=device))
+    assert graphs.captures == 1
+    other = build_generator([model], LRNTranslationTask, beam=2, max_len_b=7, lenpen=0.5)
+    assert other.translator is generator.translator
+    translate(other, sample)  # all generators of a model use its graphs
+    assert graphs.captures == 1
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("device", DEVICES)
+def test_without_memory_for_a_graph_others_are_dropped(device, times):
+    """It is tried twice. The next batch tries again."""
+    generator = build_generator([build(device=device)], SecondTask, beam=2, min_len=6, max_len_b=6)
+    graphs, samples = generator.translator.graphs, [batch([n] * 3, device=device) for n in (70, 20)]
+    expected = [translate(generator, sample) for sample in 2 * samples[:1] + samples[1:]][1:]
+    assert [step.graph is not None for step in graphs._steps.values()] == [True, False]
+    memory = graphs._memory
+    graphs.failures = [torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate")] * times
+    assert_same_hypotheses(translate(generator, samples[1]), expected[1])
+    assert [step.graph is not None for step in graphs._steps.values()] == [times == 1]
+    assert graphs.captures == 3 and graphs._memory is memory
+    for _ in range(2):
+        for sample, wanted in zip(samples, expected):
+            assert_same_hypotheses(translate(generator, sample), wanted)
+    assert all(step.graph is not None for step in graphs._steps.values())
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_search_goes_on_in_a_smaller_step_without_memory_for_its_graph(device):
+    """The graph of the step that it leaves is dropped."""
+    sample = batch([1 + i * i % 23 for i in range(70)], device=device)
+    generator = build_generator([build(ends=-1.0, device=device)], SecondTask, beam=3, max_len_b=40)
+    graphs, expected = generator.translator.graphs, translate(generator, sample)
+    steps = len(graphs._steps)
+    assert steps > 1
+    assert_same_hypotheses(translate(generator, sample), expected)
+    assert graphs.captures == steps
+    first, *_, last = graphs._steps.values()
+    last.graph = None
+    graphs.failures = [RuntimeError("CUDA error: out of memory")]
+    assert_same_hypotheses(translate(generator, sample), expected)
+    assert list(graphs._steps.values()) == [last]
+    assert first.graph is None and last.graph is not None
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_other_failures_are_not_repeated(device, caplog):
+    generator = build_generator([build(device=device)], SecondTask, beam=2, max_len_b=12)
+    graphs, sample = generator.translator.graphs, batch(device=device)
+    graphs.failures = [RuntimeError("operation not permitted when stream is capturing")]
+    expected = translate(generator, sample)
+    for _ in range(3):
+        assert_same_hypotheses(translate(generator, sample), expected)
+    assert graphs.captures == 1
+    (message,) = (record.message for record in caplog.records if "one by one" in record.message)
+    assert "not permitted" in message
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_memory_is_free_while_the_model_trains(device):
+    """Validation with --eval-bleu sets the mode before each batch."""
+    model = build(device=device)
+    generator = build_generator([model], SecondTask, prepared=False, beam=2, max_len_b=12)
+    graphs = generator.translator.graphs
+    for turn in range(1, 3):
+        for _ in range(2):
+            model.eval()
+            translate(generator, batch(device=device))
+        assert graphs.captures == turn
+        model.train()
+        assert graphs._memory is None and not graphs._steps
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_two_threads_with_one_model(device):
+    """One changes the model's weights between its searches."""
+    model = build(device=device)
+    generators = [build_generator([model], LRNTranslationTask, beam=2, max_len_b=12) for _ in range(2)]
+    graphs = generators[0].translator.graphs = Steps(model, torch.device(device).type)
+    generators[0].translator.native = lambda *_: None
+    samples = [batch(seed=seed, device=device) for seed in range(6)]
+    expected = [translate(generators[0], sample) for sample in samples]
+
+    def work(generator):
+        for sample, wanted in zip(4 * samples, 4 * expected):
+            for layer in model.decoder.layers if generator is generators[1] else ():
+                layer.out_proj.bias = torch.nn.Parameter(layer.out_proj.bias.detach().clone())
+            assert_same_hypotheses(translate(generator, sample), wanted)
+
+    with ThreadPoolExecutor(2) as threads:
+        list(threads.map(work, generators))
+    assert graphs.searches == 6 + 2 * 24
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
@@ -231,7 +377,19 @@ def test_changed_models_count(device, change):
         )
         assert_same_hypotheses(translate(generator, sample), expected)
         assert [x["score"] for x in expected[0]] != [x["score"] for x in before[0]]
-    assert generator.graphs.searches == 6
+    assert generator.translator.graphs.searches == 6
+
+
+@pytest.mark.parametrize("change", [lambda model: model.half(), halve_in_place], ids=["half", "in place"])
+@pytest.mark.parametrize("device", DEVICES)
+def test_types_that_changed_count(device, change):
+    model, sample = build(device=device), batch(device=device)
+    generator = build_generator([model], Task, prepared=False, beam=3, max_len_b=12)
+    for _ in range(2):
+        translate(generator, sample)
+    change(model)
+    expected = build_generator([copy.deepcopy(model)], Task, prepared=False, beam=3, max_len_b=12)
+    assert_same_hypotheses(translate(generator, sample), translate(expected, sample))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -244,7 +402,7 @@ def test_what_is_not_exactly_known_goes_another_way(device):
         assert model.graphs.searches == 0
     generator = build_generator([build(device=device)], Task, beam=30, max_len_b=12)
     translate(generator, batch(device=device))  # it wants more words than there are
-    assert generator.graphs.searches == 0
+    assert generator.translator.graphs.searches == 0
 
 
 @pytest.mark.parametrize(
@@ -304,10 +462,11 @@ def test_the_task_takes_graphs():
     """Without a word of the user's."""
     model = build(device="cuda")
     generator = build_generator([model], beam=3, max_len_b=12)
-    assert type(generator.graphs) is StepGraphs
-    translate(generator, batch(device="cuda"))
-    assert all(step.graph is not None for step in generator.graphs._steps.values())
-    assert len(generator.graphs._steps) > 0
+    assert type(generator.translator.graphs) is StepGraphs
+    for _ in range(2):
+        translate(generator, batch(device="cuda"))
+    assert all(step.graph is not None for step in generator.translator.graphs._steps.values())
+    assert len(generator.translator.graphs._steps) > 0
     generator = build_generator([model], print_alignment="hard", beam=3, max_len_b=12)
     assert type(generator) is BeamSearchGeneratorWithAlignment
     assert_same(build(device="cuda"), batch(device="cuda"), beam=3, print_alignment="hard")
@@ -323,7 +482,53 @@ def test_memory_does_not_grow():
             translate(generator, sample)
         torch.cuda.synchronize()
         used.append(torch.cuda.memory_allocated())
-    assert used[1] == used[3]
+    assert used[1:] == used[1:2] * 3
+
+
+@needs_gpu
+def test_graphs_have_workspaces_of_their_own():
+    """torch.compile clears those of PyTorch, and so does a graph that is dropped."""
+    generator = build_generator([build(device="cuda")], Task, beam=3, max_len_b=12)
+    graphs, samples = generator.translator.graphs, [batch([n] * 9, device="cuda") for n in (20, 50, 80)]
+    expected = [translate(generator, sample) for sample in samples]
+    torch._C._cuda_clearCublasWorkspaces()
+    graphs._steps.popitem(last=False)
+    taken = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+    captures = graphs.captures
+    for sample, wanted in zip(samples[1:], expected[1:]):
+        assert_same_hypotheses(translate(generator, sample), wanted)
+    assert graphs.captures == captures
+    assert_same_hypotheses(translate(generator, samples[0]), expected[0])
+    assert all(x.isnan().all() for x in taken)
+
+
+@needs_gpu
+def test_two_models_capture_at_once():
+    models = [build(seed=seed, device="cuda") for seed in range(2)]
+    samples = [batch([n] * 3, device="cuda") for n in (3, 20, 40, 70)]
+    expected = [
+        [translate(build_generator([copy.deepcopy(model)], beam=2, max_len_b=6), x) for x in samples]
+        for model in models
+    ]
+    generators = [build_generator([model], Task, beam=2, max_len_b=6) for model in models]
+    with ThreadPoolExecutor(2) as threads:
+        found = threads.map(lambda generator: [translate(generator, x) for x in samples], generators)
+        for one, other in zip(itertools.chain(*found), itertools.chain(*expected)):
+            assert_same_hypotheses(one, other)
+    assert all(step.graph is not None for model in models for step in model.graphs._steps.values())
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_model_moves_to_another_gpu():
+    model = build(device="cuda:0")
+    generator = build_generator([model], Task, prepared=False, beam=3, max_len_b=12)
+    for device in ("cuda:0", "cuda:1", "cuda:0"):
+        model.to(device)
+        for seed in range(3):
+            plain = build_generator([build()], beam=3, max_len_b=12)
+            wanted = words_of(translate(plain, batch(seed=seed)))
+            assert words_of(translate(generator, batch(seed=seed, device=device))) == wanted
+    assert generator.translator.graphs.captures > 2
 
 
 FAILS = """
@@ -345,7 +550,7 @@ graphs._Step = Waiting
 generator = build_generator([build(device="cuda")], **options)
 for _ in range(3):
     assert_same_hypotheses(translate(generator, batch(device="cuda")), expected)
-assert all(step.graph is None for step in generator.graphs._steps.values()), "graphs"
+assert all(step.graph is None for step in generator.translator.graphs._steps.values()), "graphs"
 assert len(messages) == 1, messages
 assert "one by one" in messages[0][0]
 x = torch.ones(3, device="cuda")

@@ -27,6 +27,7 @@ from translations import (
     build,
     build_bigram,
     build_generator,
+    halve_in_place,
     searches,
     translate,
     values_of,
@@ -296,6 +297,7 @@ def gates(model):
         (lambda model: prune.l1_unstructured(model.decoder.layers[0].out_proj, "weight", 0.5), "has a hook"),
         (lambda model: parametrizations.weight_norm(model.decoder.layers[0].out_proj), "ParametrizedLinear"),
         (lambda model: model.half(), "is torch.float16 on cpu"),
+        (halve_in_place, "is torch.float16 on cpu"),
         (lambda model: model.to("meta"), "is torch.float32 on meta"),
     ],
 )
