@@ -142,7 +142,8 @@ class Own(Translation):
             command = " ".join(shlex.quote(str(word)) for word in words)
             print(f"\nTo translate a file with {run.name}, put its name for FILE:\n")
             # in the folder, as fairseq splits paths at colons; in parentheses, for FILE to be in the user's
-            print(f"(cd {shlex.quote(str(self.work.folder))} && {command} | grep ^D- | cut -f 3) < FILE")
+            command += " 2> logs/interactive.log | grep ^D- | cut -f 3"
+            print(f"(cd {shlex.quote(str(self.work.folder))} && {command}) < FILE")
 
 
 def parts(path: Any) -> List[str]:

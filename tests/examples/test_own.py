@@ -88,7 +88,7 @@ def test_the_epochs_that_there_are_are_averaged(recipe):
 def test_the_printed_command_translates_a_file(recipe, tmp_path):
     """It prints a line for each, also for an empty one, in their order, in any folder, from any folder."""
     *_, command = recipe.output.rstrip("\n").split("\n")
-    shown = re.sub(r" bin .* \| grep", " bin ... | grep", command.replace(str(recipe.work), "/ABSOLUTE/own"))
+    shown = re.sub(r" bin .* 2>", " bin ... 2>", command.replace(str(recipe.work), "/ABSOLUTE/own"))
     assert f"    {shown}\n" in (ROOT / "README.md").read_text(encoding="utf-8")
     moved = tmp_path / "a work:folder"
     shutil.copytree(recipe.work, moved)
