@@ -1,5 +1,6 @@
 """A recipe of examples/, run as a user would, its commands in forks of a process that imported fairseq."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -10,6 +11,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 EXAMPLES = ROOT / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import recipe as runner  # noqa: E402
+
 # the recipes' commands, but those that are no Python
 FORKED = f"""
 import os, sys
@@ -60,6 +64,18 @@ class Recipe:
         output = self(*words, status=1)
         assert "Traceback" not in output, output[-4000:]
         return output.rstrip("\n").split("\n")[-1]
+
+
+def load(script, monkeypatch):
+    """The recipe's class."""
+    name, folder = Path(script).stem, (EXAMPLES / script).parent
+    monkeypatch.syspath_prepend(str(folder))
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / script)
+    module = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, name, module)
+    spec.loader.exec_module(module)
+    found = [x for x in vars(module).values() if isinstance(x, type) and x.__module__ == name]
+    return next(x for x in found if issubclass(x, runner.Recipe))
 
 
 def table(output):

@@ -20,6 +20,7 @@ from recipe import (  # noqa: F401  some for the recipes
     main,
     numbered,
     package,
+    require,
     say,
     written,
 )
@@ -71,12 +72,7 @@ class Sentences(Recipe):
     inputs: Sequence[str] = ("input0",)
 
     def check(self) -> None:
-        try:
-            import sklearn  # noqa: F401
-        except ImportError as error:
-            raise Refused(
-                "fairseq's criterion needs the package scikit-learn: pip install scikit-learn"
-            ) from error
+        require("scikit-learn", "sklearn")  # of fairseq's criterion
 
     def rows(self, split: str) -> Iterator[Row]:
         """Yield the rows of train, valid or test, each text as words with blanks between."""
@@ -143,9 +139,15 @@ class Sentences(Recipe):
             lengths(run, split, paths[0], sizes, task["max_positions"], "task.max_positions")
 
     def evaluate(self, run: Run) -> Sequence[Any]:
-        best = f"{run.folder}/checkpoint_best.pt"
         command = ["fairseq-validate", "bin", "--user-dir", package(), "--task", "sentence_prediction"]
-        command += ["--criterion", "sentence_prediction", "--path", best, "--valid-subset", "valid,test"]
+        command += [
+            "--criterion",
+            "sentence_prediction",
+            "--path",
+            self.checkpoint(run),
+            "--valid-subset",
+            "valid,test",
+        ]
         command += ["--batch-size", 64, "--required-batch-size-multiple", 1, "--num-workers", 0]
 
         def read(part: Path, log: str) -> List[float]:
@@ -154,9 +156,8 @@ class Sentences(Recipe):
             ]
             return [float(accuracy[1]) for accuracy in found]
 
-        inputs = {**self.checkpoint(run, "checkpoint_best.pt"), **self.work.outputs("binarize")}
         command += ["--log-format", "simple"]
-        scores = self.scores(f"{run.folder}/accuracy", inputs, [command], read)
+        scores = self.scores(f"{run.folder}/accuracy", self.hashes(run), [command], read)
         if scores is None:
             return []
         valid, test = scores

@@ -61,18 +61,11 @@ class WikiText2(Recipe):
 
     def evaluate(self, run: Run) -> Sequence[Any]:
         command = ["fairseq-eval-lm", "bin", "--user-dir", package(), "--task", "truncated_bptt_lm"]
-        command += [
-            "--path",
-            f"{run.folder}/checkpoint_best.pt",
-            "--tokens-per-sample",
-            512,
-            "--num-workers",
-            0,
-        ]
+        command += ["--path", self.checkpoint(run), "--tokens-per-sample", 512, "--num-workers", 0]
         commands = [[*command, "--gen-subset", split] for split in ("valid", "test")]
-        inputs = {**self.checkpoint(run, "checkpoint_best.pt"), **self.work.outputs("binarize")}
         step = f"{run.folder}/perplexity"
-        scores = self.scores(step, inputs, commands, lambda part, log: re.findall(r"Perplexity: (\S+)", log))
+        read = re.compile(r"Perplexity: (\S+)").findall
+        scores = self.scores(step, self.hashes(run), commands, lambda part, log: read(log))
         return scores and [run.name, self.parameters(run), *scores, self.seconds(run)]
 
 

@@ -7,7 +7,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Sequence, Set, Tuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from recipe import PART, Line, Recipe, Refused, Run, check_label, lines, main, package, say, written
+from recipe import PART, Line, Recipe, Refused, Run, check_label, lines, main, package, require, say, written
 
 FILES = {"train": "eng.train", "valid": "eng.testa", "test": "eng.testb"}
 # prefixes of what begins and continues an entity, and, where told apart, ends it or is one of one word
@@ -103,11 +103,8 @@ class CoNLL2003(Recipe):
     header = ("unit", "parameters", "dev F1", "test F1", "training s a batch")
 
     def check(self) -> None:
-        for name, package_name in (("torchcrf", "pytorch-crf"), ("seqeval", "seqeval")):
-            try:
-                __import__(name)
-            except ImportError as error:
-                raise Refused(f"there is no package {package_name}: pip install {package_name}") from error
+        require("pytorch-crf", "torchcrf")
+        require("seqeval")
 
     def names(self) -> Sequence[str]:
         return list(FILES.values())
@@ -138,21 +135,15 @@ class CoNLL2003(Recipe):
     def prepare(self) -> None:
         self.text({}, self.write_text)
         command = ["fairseq-preprocess", "-s", "words", "-t", "tags", "--dataset-impl", "raw"]
-        command += [
-            "--thresholdsrc",
-            self.config["min_count"],
-            "--padding-factor",
-            1,
-            "--destdir",
-            f"{PART}/bin",
-        ]
+        command += ["--thresholdsrc", self.config["min_count"], "--padding-factor", 1]
+        command += ["--destdir", f"{PART}/bin"]
         command += [word for split in FILES for word in (f"--{split}pref", f"text/{split}")]
         settings = {"min_count": self.config["min_count"]}
         self.work.step("binarize", settings, self.work.outputs("text"), lambda part: None, [command])
 
     def evaluate(self, run: Run) -> Sequence[Any]:
         common = ["bin", "--user-dir", package(), "--task", "tagging", "--required-batch-size-multiple", 1]
-        common += ["--num-workers", 0, "--path", f"{run.folder}/checkpoint_best.pt", "--batch-size", 128]
+        common += ["--num-workers", 0, "--path", self.checkpoint(run), "--batch-size", 128]
         if "max_word_length" in run.settings["task"]:
             common += ["--max-word-length", run.settings["task"]["max_word_length"]]
         commands = [
@@ -170,8 +161,7 @@ class CoNLL2003(Recipe):
             (part / f"{run.folder}/test.score").write_text(report)
             return [dev, test]
 
-        inputs = {**self.checkpoint(run, "checkpoint_best.pt"), **self.work.outputs("binarize")}
-        scores = self.scores(f"{run.folder}/f1", inputs, commands, read)
+        scores = self.scores(f"{run.folder}/f1", self.hashes(run), commands, read)
         return scores and [run.name, self.parameters(run), *scores, self.seconds(run)]
 
 

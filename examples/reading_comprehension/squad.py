@@ -154,21 +154,14 @@ class SQuAD(Recipe):
         self.text({"corpus": self.config["corpus"]}, self.write_text)
         self.work.step("binarize", {}, self.work.outputs("text"), self.write_bin)
 
+    def evaluated(self, run: Run) -> str:
+        return "last"
+
     def evaluate(self, run: Run) -> Sequence[Any]:
-        last, splits = f"{run.folder}/checkpoint_last.pt", self.splits
-        inputs = {**self.checkpoint(run, "checkpoint_last.pt"), **self.work.outputs("binarize")}
+        last, splits = self.checkpoint(run), self.splits
         validate = ["fairseq-validate", "bin", "--user-dir", package(), "--task", "reading_comprehension"]
-        validate += [
-            "--path",
-            last,
-            "--valid-subset",
-            ",".join(splits),
-            "--batch-size",
-            32,
-            "--num-workers",
-            0,
-        ]
-        validate += ["--required-batch-size-multiple", 1, "--log-format", "simple"]
+        validate += ["--path", last, "--valid-subset", ",".join(splits), "--batch-size", 32]
+        validate += ["--num-workers", 0, "--required-batch-size-multiple", 1, "--log-format", "simple"]
         script = Path(__file__).with_name("predict.py")
         predict = [sys.executable, script, last, "bin", splits[-1], f"{run.folder}/answers.json"]
         predict[-1] = f".part/{predict[-1]}"
@@ -177,7 +170,7 @@ class SQuAD(Recipe):
             rows = [re.search(rf"valid on '{split}' subset \|(.*)", log)[1] for split in splits]
             return [re.search(rf" {metric} ([\d.]+)", row)[1] for row in rows for metric in ("em", "f1")]
 
-        scores = self.scores(f"{run.folder}/exact_match", inputs, [validate, predict], found)
+        scores = self.scores(f"{run.folder}/exact_match", self.hashes(run), [validate, predict], found)
         return scores and [run.name, self.parameters(run), *scores, self.seconds(run)]
 
 

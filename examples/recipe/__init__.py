@@ -21,15 +21,12 @@ import zipfile
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, NamedTuple, Optional, Sequence
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-
-from .settings import near, own_value, read_file, read_option, resolve
 from .text import (  # noqa: F401  some for the recipes
     BROKEN,
     Line,
     Refused,
     blanks,
+    cannot_import,
     check_label,
     digest,
     lines,
@@ -37,7 +34,25 @@ from .text import (  # noqa: F401  some for the recipes
     say,
     written,
 )
-from .work import PART, Work, difference, log_name, package
+
+try:
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+except ImportError as error:
+    sys.exit(f"{Path(sys.argv[0]).name}: {cannot_import(error)}")
+
+from .settings import (  # noqa: F401  some for the recipes
+    Settings,
+    expand,
+    near,
+    options_of,
+    own_value,
+    read_file,
+    read_option,
+    require,
+    resolve,
+)
+from .work import PART, Work, difference, log_name, package, program  # noqa: F401
 
 LOCAL = re.compile(r"(path|dir|file|model)$")  # options that name a file
 SET_BY_RECIPE = {
@@ -49,6 +64,7 @@ SET_BY_RECIPE = {
     "checkpoint.save_dir": "give --work and run=NAME",
     "checkpoint.no_save": "the checkpoints are evaluated",
     "checkpoint.no_last_checkpoints": "an interrupted run goes on from the last",
+    "checkpoint.checkpoint_suffix": "the checkpoints have fairseq's names",
     "model._name": "give models=NAME",
 }
 
@@ -77,9 +93,8 @@ class Recipe:
 
     def __init__(self, words: Sequence[str]) -> None:
         self.name = Path(self.script).stem
-        self.defaults = read_file(Path(self.script).with_suffix(".yaml"))
-        own = [name for name, value in self.defaults.items() if not isinstance(value, dict)]
-        self.config = {name: own_value(name, self.defaults[name], self.defaults[name]) for name in own}
+        own, self.groups = read_file(Path(self.script).with_suffix(".yaml"))
+        self.config = Settings(f"{self.name}.yaml: ", {x: own_value(x, own[x], own[x]) for x in own})
         module = sys.modules[type(self).__module__]
         parser = argparse.ArgumentParser(
             prog=Path(self.script).name,
@@ -88,33 +103,46 @@ class Recipe:
             epilog=f"OPTION is one of {', '.join(own)}, or GROUP.OPTION of fairseq: see {self.name}.yaml.",
             allow_abbrev=False,
         )
-        parser.add_argument("--work", type=Path, help=f"folder to write to (default: {self.work_name()})")
-        parser.add_argument("--data", type=Path, help="folder with the data")
-        parser.add_argument("--dry-run", action="store_true", help="print the commands and change nothing")
+        parser.add_argument("--work", type=expand, help=f"folder to write to (default: {self.work_name()})")
+        parser.add_argument("--data", type=expand, help="folder with the data")
+        parser.add_argument(
+            "--dry-run", action="store_true", help="print the commands, check no data, and change nothing"
+        )
         parser.add_argument(
             "options", nargs="*", metavar="OPTION=VALUE", help="setting that replaces the YAML file's"
         )
-        args = parser.parse_intermixed_args(words)
+        args, unknown = parser.parse_known_intermixed_args(words)
+        if unknown:
+            option = unknown[0].partition("=")[0].lstrip("-").replace("-", "_")
+            raise Refused(
+                f"there is no argument {unknown[0]}: there are --work, --data, --dry-run and OPTION=VALUE, "
+                f"which has no dashes{self.near(option)}"
+            )
+        if args.data is not None and not args.data.is_dir():
+            raise Refused(f"--data {args.data} is not a folder")
         self.data, self.source, self.options = args.data, args.data, {}
         for option, value in map(read_option, args.options):
             if "." in option:
                 if option in SET_BY_RECIPE:
                     raise Refused(f"{option} is set by the recipe: {SET_BY_RECIPE[option]}")
                 if isinstance(value, str) and LOCAL.search(option):
-                    path = os.path.abspath(os.path.expanduser(value))
-                    if os.path.exists(path):
-                        value = path
+                    local = os.path.abspath(expand(value))
+                    if os.path.exists(local):
+                        value = local
                     elif option.endswith("path"):
                         raise Refused(f"{option} is {value}, which does not exist")
                 self.options[option] = value
             elif option in self.config:
-                self.config[option] = own_value(option, value, self.defaults[option])
+                self.config[option] = own_value(option, value, own[option])
             else:
-                raise Refused(f"there is no setting {option}{near(option, own)}")
+                raise Refused(f"there is no setting {option}{self.near(option)}")
         self.check()
-        if self.data is not None and not self.data.is_dir():
-            raise Refused(f"--data {self.data} is not a folder")
         self.work = Work(args.work or Path(self.work_name()), self.name, args.dry_run)
+
+    def near(self, option: str) -> str:
+        """Return a suggestion for the unknown ``option``: settings of the recipe and of fairseq."""
+        model = {"_name": self.config["models"][0], **self.groups["model"]}
+        return near(option, [*self.config, *options_of({**self.groups, "model": model})])
 
     def check(self) -> None:
         """Refuse settings that do not fit."""
@@ -219,13 +247,12 @@ class Recipe:
 
     def run(self, model: str) -> Run:
         """Return the run of ``model``, one of the YAML file's architectures, or any if these have "*"."""
-        architectures = self.defaults["architectures"]
+        architectures = self.groups["architectures"]
         known = [pattern for pattern in architectures if fnmatch.fnmatchcase(model, pattern)]
         if not known:
             raise Refused(f"models has {model}, but must have only {', '.join(architectures)}")
         values = architectures[model if model in architectures else known[0]] or {}
-        tree = OmegaConf.create({k: v for k, v in self.defaults.items() if isinstance(v, dict)})
-        del tree["architectures"]
+        tree = OmegaConf.create({k: v for k, v in self.groups.items() if k != "architectures"})
         tree.model = OmegaConf.merge({"_name": model}, tree.model, values)
         for option, value in self.options.items():
             group, _, name = option.partition(".")
@@ -243,9 +270,20 @@ class Recipe:
                 "or blank"
             )
         try:
-            return Run(name, OmegaConf.to_container(tree, resolve=True))
+            groups = OmegaConf.to_container(tree, resolve=True)
         except OmegaConfBaseException as error:
             raise Refused(f"the settings of {name} refer to nothing: {error}".split("\n")[0]) from error
+        where = self.config.where
+        run = Run(name, {group: Settings(f"{where}{group}.", groups[group]) for group in groups})
+        if self.evaluated(run) == "best":
+            ends = {"validate_after_updates": "max_update", "validate_interval": "max_epoch"}
+            for option in ("disable_validation", *ends):
+                value, end = groups["dataset"].get(option), groups["optimization"].get(ends.get(option))
+                if value is True or (isinstance(value, int) and isinstance(end, int) and 0 < end < value):
+                    raise Refused(
+                        f"dataset.{option} is {value}, but the best validation's checkpoint is evaluated"
+                    )
+        return run
 
     def training(self, run: Run) -> Dict[str, Dict[str, Any]]:
         """Return the settings of fairseq-hydra-train, without those of translating."""
@@ -303,12 +341,20 @@ class Recipe:
             entry["outputs"] = {last: work.hash(last)}
             work.save()
 
-    def checkpoint(self, run: Run, name: str) -> Dict[str, Optional[str]]:
-        """Return the hash of a run's checkpoint, by its path."""
-        path = f"{run.folder}/{name}"
+    def evaluated(self, run: Run) -> str:
+        """Return the name of the checkpoint that is evaluated."""
+        return "best"
+
+    def checkpoint(self, run: Run) -> str:
+        """Return the path of the checkpoint that is evaluated."""
+        return f"{run.folder}/checkpoint_{self.evaluated(run)}.pt"
+
+    def hashes(self, run: Run) -> Dict[str, Optional[str]]:
+        """Return the hashes of the checkpoint that is evaluated and of the binary data, by path."""
+        path = self.checkpoint(run)
         if not self.work.dry and not (self.work.folder / path).is_file():
             raise Refused(f"{self.work.folder / path} does not exist: remove the run's folder to train again")
-        return {path: self.work.hash(path)}
+        return {path: self.work.hash(path), **self.work.outputs("binarize")}
 
     def log(self, run: Run, name: str = "train.log") -> str:
         path = self.work.folder / run.folder / name
@@ -368,22 +414,18 @@ class Recipe:
     def execute(self) -> None:
         """Do all steps that are not done and print the table."""
         runs = [self.run(model) for model in dict.fromkeys(self.config["models"])]
-        if any(f"{run.folder}/train" not in self.work.steps for run in runs) or self.work.dry:
-            for run in runs:
-                resolve(run.settings)
+        untrained = [run for run in runs if not self.work.outputs(f"{run.folder}/train")]
+        for run in untrained:
+            resolve(run.settings)
         self.files()
         if not self.work.dry:
             self.work.open()
         self.prepare()
         rows = []
-        bins = self.work.outputs("binarize")
         for run in runs:
-            if (
-                not self.work.dry
-                and not self.work.steps.get(f"{run.folder}/train", {"outputs": {}})["outputs"]
-            ):
+            if run in untrained and not self.work.dry:
                 self.examine(run)
-            self.train(run, bins)
+            self.train(run, self.work.outputs("binarize"))
             rows.append(self.evaluate(run))
         if not self.work.dry:
             self.table(rows)
@@ -427,7 +469,9 @@ def main(recipe: Callable[[Sequence[str]], Recipe]) -> None:
     def end(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    signal.signal(signal.SIGTERM, end)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup sets it
+            signal.signal(number, end)
     try:
         recipe(sys.argv[1:]).execute()
     except KeyboardInterrupt:

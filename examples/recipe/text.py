@@ -15,6 +15,14 @@ class Refused(Exception):
     """A fault, in one sentence for the user."""
 
 
+def cannot_import(error: ImportError) -> Refused:
+    """Return what to say if fairseq, or what comes with it, is missing."""
+    return Refused(
+        f"{error} in {sys.executable}: use the Python that has fairseq and this package, as .venv/bin/python "
+        "after the quickstart"
+    )
+
+
 def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 

@@ -147,8 +147,7 @@ class Work:
         return known
 
     def intact(self, step: str) -> bool:
-        outputs = self.steps[step]["outputs"]
-        return all(self.hash(name) == value for name, value in outputs.items())
+        return all(self.hash(name) == value for name, value in self.outputs(step).items())
 
     def runs(self) -> List[str]:
         """Return the names of runs that have checkpoints."""
@@ -231,7 +230,7 @@ class Work:
         for file in made:
             if file not in owned and os.path.lexists(self.folder / file):
                 raise Refused(f"{self.folder / file} exists, but is not this recipe's: move it away")
-        for file, value in (entry or {"outputs": {}})["outputs"].items():
+        for file, value in self.outputs(name).items():
             if file not in outputs and self.hash(file) == value:
                 (self.folder / file).unlink()
         self.steps[name] = {"settings": settings, "inputs": inputs, "outputs": outputs, "logs": logs}
@@ -246,7 +245,7 @@ class Work:
 
     def outputs(self, step: str) -> Dict[str, Optional[str]]:
         """Return the hashes of the files that a step made, or in a dry run would make."""
-        return dict(self.steps.get(step, {"outputs": {}})["outputs"])
+        return dict(self.steps[step]["outputs"]) if step in self.steps else {}
 
 
 def log_name(step: str) -> str:

@@ -2,11 +2,12 @@
 
 import hashlib
 import importlib.util
+import re
 import shlex
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Sequence, Tuple
 
-from translation import SPLITS, Line, Refused, Translation, lines, main, say
+from translation import SPLITS, Line, Refused, Translation, expand, lines, main, program, say
 
 NAMES = {"train": ("train",), "valid": ("valid", "dev", "val"), "test": ("test",)}
 # sacreBLEU's tokenizers of languages that write without blanks, and the module that one needs; else 13a
@@ -21,11 +22,14 @@ class Own(Translation):
         super().check()
         config = self.config
         for split in SPLITS:
-            files = config[split]
-            if files and (len(files) != 2 or not all(Path(file).is_file() for file in files)):
+            files = config[split] = [str(expand(file)) for file in config[split]]
+            if len(files) not in (0, 2):
                 raise Refused(
                     f"{split} is {','.join(files)}, but must be two files, as {split}=text.en,text.de"
                 )
+            for file in files:
+                if not Path(file).is_file():
+                    raise Refused(f"{split} is {','.join(files)}, but there is no file {file}")
         if bool(config["train"]) == (self.data is not None):
             raise Refused(
                 "give either train=FILE,FILE or --data DIR, with train.LANGUAGE in it for each language"
@@ -33,14 +37,18 @@ class Own(Translation):
         languages = config["languages"]
         if len(languages) == 1 and languages[0].count("-") == 1:
             languages = languages[0].split("-")
-        if not languages and config["train"]:
-            languages = [name(Path(file)).rpartition(".")[2] for file in config["train"]]
+        languages = config["languages"] = languages or ends(config["train"])
         plain = all(language.replace("_", "").isalnum() for language in languages)
-        if len(languages) != 2 or len(set(languages)) != 2 or not plain:
-            raise Refused(
-                f"languages is {','.join(languages)}, but must be two different ones, as languages=en-ja"
-            )
-        config["languages"] = languages
+        if len(set(languages)) != 2 or len(languages) != 2 or not plain:
+            given = ",".join(languages) or "not given, and no names of files end in two"
+            raise Refused(f"languages is {given}, but must be two different ones, as languages=en-ja")
+        for split in SPLITS:
+            files = config[split]
+            found = [next((x for x in reversed(parts(file)) if x in languages), None) for file in files]
+            if len(set(found)) == 1 and found[0]:
+                raise Refused(f"{split} is {','.join(files)}, but both names end in {found[0]}")
+            if any(x not in (None, language) for x, language in zip(found, languages)):
+                config[split] = files[::-1]
         if config["tokenizer"] is not None:
             from sacrebleu.metrics.bleu import BLEU
 
@@ -62,7 +70,7 @@ class Own(Translation):
                 for known in NAMES[split]:
                     both = [self.data / f"{known}.{language}" for language in self.languages]
                     both = [path for x in both for path in (x, Path(f"{x}.gz")) if path.is_file()]
-                    sides = {name(path).rpartition(".")[2]: path for path in reversed(both)}
+                    sides = {parts(path)[-1]: path for path in reversed(both)}
                     if len(sides) == 1:
                         raise Refused(f"{both[0]} exists, but not in the other language")
                     paths = paths or [sides[language] for language in self.languages if sides]
@@ -128,17 +136,28 @@ class Own(Translation):
         super().close()
         for model in self.config["models"]:
             run = self.run(model)
-            words: Sequence[Any] = ["fairseq-interactive", "bin", *self.search(run), "--path"]
-            words = [*words, f"{run.folder}/checkpoint_{self.translator()}.pt", "--bpe", "sentencepiece"]
-            words = [*words, "--sentencepiece-model", "subwords/spm.model"]
+            words = [program("fairseq-interactive"), "bin", *self.search(run), "--path", self.checkpoint(run)]
+            words += ["--bpe", "sentencepiece", "--sentencepiece-model", "subwords/spm.model"]
+            words += ["--buffer-size", 1024, "--batch-size", 128]
             command = " ".join(shlex.quote(str(word)) for word in words)
-            print(f"\nTo translate with {run.name}, lines from the standard input:\n")
-            print(f"cd {shlex.quote(str(self.work.folder))} && {command} | grep ^D- | cut -f 3")
+            print(f"\nTo translate a file with {run.name}, put its name for FILE:\n")
+            # in the folder, as fairseq splits paths at colons; in parentheses, for FILE to be in the user's
+            command += " 2> logs/interactive.log | grep ^D- | cut -f 3"
+            print(f"(cd {shlex.quote(str(self.work.folder))} && {command}) < FILE")
 
 
-def name(path: Path) -> str:
-    """Return a file's name without .gz."""
-    return path.name[:-3] if path.name.endswith(".gz") else path.name
+def parts(path: Any) -> List[str]:
+    """Return what is after the dots of a file's name, without gz."""
+    found = Path(path).name.split(".")[1:]
+    return found[:-1] if found[-1:] == ["gz"] else found
+
+
+def ends(files: Sequence[str]) -> List[str]:
+    """Return the last parts that differ: en and ja of talk.en and talk.ja, or talk.en.txt and talk.ja.txt."""
+    for last, *pair in zip([True, False, False], *(reversed(parts(file)) for file in files)):
+        if len(set(pair)) > 1 and (last or all(re.fullmatch("[A-Za-z]{2,3}(_[A-Za-z]+)?", x) for x in pair)):
+            return pair
+    return []
 
 
 if __name__ == "__main__":

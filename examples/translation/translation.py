@@ -10,22 +10,24 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Sequence, Tuple
 
-from omegaconf import OmegaConf
-
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from recipe import (  # noqa: F401  some for the recipes
     PART,
     Line,
+    OmegaConf,
     Recipe,
     Refused,
     Run,
+    expand,
     lengths,
     lines,
     log_name,
     main,
     numbered,
     package,
+    program,
+    require,
     say,
     written,
 )
@@ -51,10 +53,7 @@ class Translation(Recipe):
 
     def check(self) -> None:
         for name in ("sacrebleu", "sentencepiece", *["sacremoses"] * self.published):
-            try:
-                __import__(name)
-            except ImportError as error:
-                raise Refused(f"there is no package {name}: pip install {name}") from error
+            require(name)
         if self.config["speed_updates"] % 4 or not self.config["speed_updates"] or not self.config["rounds"]:
             raise Refused("speed_updates must be a positive multiple of 4, and rounds positive")
 
@@ -189,10 +188,11 @@ class Translation(Recipe):
             raise Refused(
                 f"average is {average}, but checkpoint.no_epoch_checkpoints keeps none: give average=0"
             )
-        for group, name in (("checkpoint", "keep_last_epochs"), ("optimization", "max_epoch")):
-            epochs = run.settings[group].get(name, 0)
-            if isinstance(epochs, int) and 0 < epochs < average:
-                raise Refused(f"average is {average}, but {group}.{name} is {epochs}: give average={epochs}")
+        kept = run.settings["checkpoint"].get("keep_last_epochs", 0)
+        if isinstance(kept, int) and 0 < kept < average:
+            raise Refused(
+                f"average is {average}, but checkpoint.keep_last_epochs is {kept}: give average={kept}"
+            )
         return run
 
     def training(self, run: Run) -> Dict[str, Dict[str, Any]]:
@@ -201,7 +201,7 @@ class Translation(Recipe):
         return {**settings, "task": {**settings["task"], "source_lang": source, "target_lang": target}}
 
     def examine(self, run: Run) -> None:
-        tokens = run.settings["dataset"]["max_tokens"]
+        tokens = run.settings["dataset"].get("max_tokens")
         for side, language in zip(("source", "target"), self.languages):
             option = f"max_{side}_positions"
             limits = [(run.settings[group][option], group) for group in ("task", "model")]
@@ -225,20 +225,34 @@ class Translation(Recipe):
                 words += [f"--{option.replace('_', '-')}", *[value] * (value is not True)]
         return words
 
-    def translate(self, run: Run, name: str) -> List[Any]:
-        """Return the command that translates the test set with the checkpoint ``name``."""
-        words = ["fairseq-generate", "bin", *self.search(run), "--path", f"{run.folder}/checkpoint_{name}.pt"]
+    def translate(self, run: Run) -> List[Any]:
+        """Return the command that translates the test set."""
+        words = ["fairseq-generate", "bin", *self.search(run), "--path", self.checkpoint(run)]
         words += ["--remove-bpe", "sentencepiece"]
         return [*words, "--batch-size", 128, "--required-batch-size-multiple", 1]
 
-    def translator(self) -> str:
-        """Return the name of the checkpoint that translates."""
-        return f"average{self.config['average']}" if self.config["average"] else "best"
+    def epochs(self, run: Run) -> List[int]:
+        """Return the epochs whose checkpoints are averaged: those that a trained run has, and the last."""
+        count = self.config["average"]
+        if not self.work.outputs(f"{run.folder}/train"):
+            return list(range(1, count + 1))
+        names = (
+            re.fullmatch(r"checkpoint(\d+)\.pt", x.name) for x in (self.work.folder / run.folder).glob("*")
+        )
+        return sorted(int(name[1]) for name in names if name)[-count:] if count else []
+
+    def evaluated(self, run: Run) -> str:
+        count = len(self.epochs(run))
+        return f"average{count}" if count else "last" if self.config["average"] else "best"
 
     def evaluate(self, run: Run) -> List[str]:
-        work, name, (_, target) = self.work, self.translator(), self.languages
-        if self.config["average"]:
-            self.average(run, name)
+        work, name, (_, target) = self.work, self.evaluated(run), self.languages
+        epochs, count = self.epochs(run), self.config["average"]
+        if len(epochs) < count:
+            used = "their mean" if epochs else "the last checkpoint"
+            say(f"   average is {count}, but {run.name} has {len(epochs)} whole epochs: {used} translates")
+        if epochs:
+            self.average(run, epochs)
         translations, reference = f"{run.folder}/{name}.{target}", f"text/test.{target}"
 
         def collect(part: Path) -> None:
@@ -254,11 +268,9 @@ class Translation(Recipe):
                 "".join(found[i] + "\n" for i in range(sentences)).encode("utf-8")
             )
 
-        inputs = {**self.checkpoint(run, f"checkpoint_{name}.pt"), **work.outputs("binarize")}
-        inputs[reference] = work.hash(reference)
+        inputs = {**self.hashes(run), reference: work.hash(reference)}
         settings = {"generation": run.settings["generation"]}
-        command = self.translate(run, name)
-        work.step(f"{run.folder}/translate.{name}", settings, inputs, collect, [command])
+        work.step(f"{run.folder}/translate.{name}", settings, inputs, collect, [self.translate(run)])
 
         commands = [["sacrebleu", reference, "-i", translations, "-m", "bleu", "chrf", "-f", "text", "-w", 1]]
         commands[0] += self.tokenizer()
@@ -267,16 +279,12 @@ class Translation(Recipe):
             files += self.tokenize(run, name, files)
             words = "-m bleu -lc --tokenize none --force -f text -w 1".split()
             commands.append(["sacrebleu", files[2], "-i", files[3], *words])
-        inputs = {file: work.hash(file) for file in files}
-        scores = self.scores(
-            f"{run.folder}/score.{name}", inputs, commands, lambda part, log: SCORE.findall(log)
-        )
+        inputs, step = {file: work.hash(file) for file in files}, f"{run.folder}/score.{name}"
+        scores = self.scores(step, inputs, commands, lambda part, log: SCORE.findall(log))
         if scores is None:
             return []
         if len(scores) != len(self.header) - 2:
-            raise Refused(
-                f"sacrebleu gave {len(scores)} scores, see {work.folder / log_name(run.folder + '/score')}"
-            )
+            raise Refused(f"sacrebleu gave {len(scores)} scores, see {work.folder / log_name(step)}")
         self.signatures += [f"{run.name}: {score}" for score, _ in scores]
         return [run.name, self.parameters(run), *(number for _, number in scores)]
 
@@ -284,24 +292,13 @@ class Translation(Recipe):
         """Return sacreBLEU's options for the target language."""
         return []
 
-    def average(self, run: Run, name: str) -> None:
-        """Average the parameters of the last epochs' checkpoints."""
-        count, folder = self.config["average"], self.work.folder / run.folder
-        epochs = sorted(
-            int(found[1])
-            for found in (re.fullmatch(r"checkpoint(\d+)\.pt", x.name) for x in folder.glob("*"))
-            if found
-        )
-        if len(epochs) < count and not self.work.dry:
-            raise Refused(
-                f"average is {count}, but {folder} has {len(epochs)} epochs: give average={len(epochs)}"
-            )
-        files = [f"{run.folder}/checkpoint{epoch}.pt" for epoch in epochs[-count:]]
-        output = f"{run.folder}/checkpoint_{name}.pt"
-        script = Path(__file__).with_name("average.py")
-        command = [sys.executable, script, run.folder, count, f"{PART}/{output}"]
+    def average(self, run: Run, epochs: Sequence[int]) -> None:
+        """Average the parameters of the checkpoints of the ``epochs``, which are the last."""
+        files = [f"{run.folder}/checkpoint{epoch}.pt" for epoch in epochs]
+        command = [sys.executable, Path(__file__).with_name("average.py"), run.folder, len(epochs)]
+        command += [f"{PART}/{self.checkpoint(run)}"]
         inputs = {file: self.work.hash(file) for file in files}
-        self.work.step(f"{run.folder}/{name}", {}, inputs, lambda part: None, [command])
+        self.work.step(f"{run.folder}/{self.evaluated(run)}", {}, inputs, lambda part: None, [command])
 
     def tokenize(self, run: Run, name: str, files: Sequence[str]) -> List[str]:
         """Tokenize reference and translations as Moses does, for the kind of score in papers."""
@@ -336,27 +333,28 @@ class Translation(Recipe):
 
     def compare(self, names: Sequence[str]) -> None:
         """Train and translate with runs in turn, on the CPU, and print their scores and speeds."""
-        work, name, runs = self.work, self.translator(), []
+        work, runs = self.work, []
         if not work.dry:
             work.open()
         for run in dict.fromkeys(names):
-            train, translate = (work.steps.get(f"runs/{run}/{x}") for x in ("train", f"translate.{name}"))
-            if not (train and translate and train["outputs"] and work.intact(f"runs/{run}/train")):
+            name = self.evaluated(Run(run, {}))
+            train, translate = (f"runs/{run}/{x}" for x in ("train", f"translate.{name}"))
+            if not (work.outputs(train) and work.outputs(translate) and work.intact(train)):
                 raise Refused(f"{work.folder} has no scores of {run}, {name}: train it first")
-            runs.append(Run(run, {**train["settings"], **translate["settings"]}))
+            runs.append(Run(run, {**work.steps[train]["settings"], **work.steps[translate]["settings"]}))
         work.finished = True
         scores = [self.evaluate(run)[:4] for run in runs]
         work.finished = False
         os.environ["CUDA_VISIBLE_DEVICES"] = ""
         speeds: List[List[str]] = []
-        work.step("compare", {}, {}, lambda part: speeds.extend(self.speeds(runs, name)), again=True)
+        work.step("compare", {}, {}, lambda part: speeds.extend(self.speeds(runs)), again=True)
         if work.dry:
-            self.speeds(runs, name)
+            self.speeds(runs)
         else:
             self.header = ["run", "parameters", "BLEU", "chrF", "training words/s", "sentences/s"]
             self.table([[*row, *speed] for row, speed in zip(scores, speeds)])
 
-    def speeds(self, runs: Sequence[Run], name: str) -> List[List[str]]:
+    def speeds(self, runs: Sequence[Run]) -> List[List[str]]:
         """Return each run's medians. The first quarter of the updates is warm-up and does not count."""
         work, updates, rows = self.work, self.config["speed_updates"], []
         for turn in range(self.config["rounds"]):
@@ -375,7 +373,7 @@ class Translation(Recipe):
                     OmegaConf.save(OmegaConf.merge(config, changed), str(work.folder / folder / "train.yaml"))
                 log = work.folder / folder / f"{turn + 1}.log"
                 work.run(["fairseq-hydra-train", "--config-dir", ".", "--config-name", "train"], log, folder)
-                work.run(self.translate(run, name), log)
+                work.run(self.translate(run), log)
         for run in [] if work.dry else runs:
             folder = work.folder / PART / "compare" / run.name
             text = "\n".join(path.read_text("utf-8", "replace") for path in sorted(folder.glob("[0-9]*.log")))

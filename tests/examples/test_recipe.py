@@ -7,11 +7,16 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from recipes import EXAMPLES, Recipe, lines, table, times, write
+from recipes import EXAMPLES, Recipe, lines, runner, table, times, write
+
+RECIPES = [path for path in EXAMPLES.glob("*/*.py") if path.with_suffix(".yaml").exists()]
 
 SMALL = (
     "model.encoder_embed_dim=8 model.encoder_hidden_size=8 dataset.batch_size=10 optimization.max_epoch=2 "
@@ -132,7 +137,21 @@ def test_other_data_are_not_the_old_result_and_the_same_are(sst2, tmp_path):
 @pytest.mark.parametrize(
     "option, words",
     [
-        ("model.droput=0.1", "there is no option model.droput (did you mean dropout"),
+        ("model.droput=0.1", "there is no option model.droput (did you mean model.dropout?)"),
+        ("max_epoch=2", "there is no setting max_epoch (did you mean optimization.max_epoch?)"),
+        ("max_epochs=2", "there is no setting max_epochs (did you mean optimization.max_epoch?)"),
+        ("dropout=0.1", "there is no setting dropout (did you mean model.dropout?)"),
+        ("model.lr=0.1", "there is no option model.lr (did you mean optimization.lr?)"),
+        (
+            "--small",
+            "there is no argument --small: there are --work, --data, --dry-run and OPTION=VALUE, which",
+        ),
+        ("--min-count", "OPTION=VALUE, which has no dashes (did you mean min_count?)"),
+        ("--max-epoch=2", "OPTION=VALUE, which has no dashes (did you mean optimization.max_epoch?)"),
+        (
+            "dataset.validate_interval=3",
+            "dataset.validate_interval is 3, but the best validation's checkpoint",
+        ),
         ("modle.dropout=0.1", "there is no group of options modle (did you mean model"),
         ("min_cuont=3", "there is no setting min_cuont (did you mean min_count?)"),
         ("min_count=many", "min_count is 'many', but must be a whole number"),
@@ -174,6 +193,13 @@ def test_wrong_options_are_refused_before_anything_is_done(fresh, option, words)
         (lambda text: re.sub(r"models: \[.*\]", "models: rnn", text), "models has rnn, but must have only "),
         (lambda text: b"\xff", "sst2.yaml: 'utf-8' codec can't decode"),
         (lambda text: "- lrn", "sst2.yaml has no settings"),
+        (lambda text: text.replace("min_count: 2", "min_count:"), "min_count has no value"),
+        (lambda text: text.replace("min_count: 2", ""), "sst2.yaml: min_count is missing"),
+        (lambda text: text.replace("  max_positions: 512", ""), "sst2.yaml: task.max_positions is missing"),
+        (
+            lambda text: re.sub(r"optimizer:\n.*", "optimizer: adam", text),
+            "optimizer is adam, but must have opt",
+        ),
     ],
 )
 def test_a_wrong_yaml_file_is_refused(start, tmp_path, change, words):
@@ -185,7 +211,7 @@ def test_a_wrong_yaml_file_is_refused(start, tmp_path, change, words):
     data(tmp_path / "data")
     recipe = Recipe(start, tmp_path, tmp_path / "classification/sst2.py", "--data", "data")
     assert words in recipe.refused()
-    assert not (tmp_path / "sst2").exists()
+    assert not (tmp_path / "sst2/runs").exists()
 
 
 def test_names_with_signs_that_mean_something_elsewhere(start, tmp_path):
@@ -340,6 +366,33 @@ def test_a_failing_command_shows_its_end(fresh):
 
 
 def test_every_recipe_has_all_its_settings_in_yaml():
-    scripts = [path for path in EXAMPLES.glob("*/*.py") if path.with_suffix(".yaml").exists()]
-    assert len(scripts) == 11
+    assert len(RECIPES) == 11
     assert not list(EXAMPLES.glob("*/*.sh")) or [path.name for path in EXAMPLES.glob("*/*.sh")] == ["cuda.sh"]
+
+
+@pytest.mark.parametrize("script", RECIPES, ids=lambda path: path.stem)
+def test_a_python_without_the_packages_is_told(script):
+    done = subprocess.run([sys.executable, "-ES", str(script)], stderr=subprocess.PIPE, encoding="utf-8")
+    assert done.returncode == 1
+    assert done.stderr.startswith(f"{script.name}: No module named 'omegaconf' in {sys.executable}: use the ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_missing_package_is_told():
+    runner.require("scikit-learn", "sklearn")
+    with pytest.raises(runner.Refused, match=r"there is no package no-such: .* -m pip install no-such"):
+        runner.require("no-such", "no_such")
+
+
+def test_a_hangup_is_an_interruption_but_for_nohup(monkeypatch):
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGHUP)}
+    recipe = SimpleNamespace(execute=lambda: os.kill(os.getpid(), signal.SIGHUP))
+    try:
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        runner.main(lambda words: recipe)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with pytest.raises(SystemExit, match="interrupted; the same command goes on from there"):
+            runner.main(lambda words: recipe)
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
