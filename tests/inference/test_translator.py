@@ -52,13 +52,18 @@ def make(model, compute_type="float32"):
     return translator.native(compute_type)
 
 
-def search(native, source, beam=3, min_len=1, max_len=12, words=(EOS, PAD, EOS, UNK), prefix=None):
-    translation = CLASSES.Translation(
-        native, source, beam, min_len, max_len, *words, 0.0, 1.0, True, prefix, 1.0
-    )
-    while translation.advance(0.1):
+def begin(native, source, beam=3, min_len=1, max_len=12, words=(EOS, PAD, EOS, UNK), prefix=None):
+    return CLASSES.Translation(native, source, beam, min_len, max_len, *words, 0.0, 1.0, True, prefix, 1.0)
+
+
+def finish(translation, seconds=0.1):
+    while translation.advance(seconds):
         pass
     return translation.hypotheses()
+
+
+def search(native, source, **options):
+    return finish(begin(native, source, **options))
 
 
 def source_of(*args, **kwargs):
@@ -155,7 +160,17 @@ def test_two_threads_with_one_translator():
                 assert all(map(torch.equal, found, wanted))
 
 
-def test_more_rows_than_a_share_has():
+def test_threads_with_one_translation():
+    """They advance it one after the other."""
+    native, source = make(build()), source_of([4, 9, 5, 7] * 10)
+    expected = search(native, source)
+    with ThreadPoolExecutor(4) as threads:
+        for _ in range(5):
+            for found in threads.map(finish, [begin(native, source)] * 4, [1e-4] * 4):
+                assert all(map(torch.equal, found, expected))
+
+
+def test_more_rows_than_a_worker_has():
     model = build()
     assert_same(model, batch([3, 5, 2, 4] * 75), beam=5, max_len_b=4, forced=False)
 
