@@ -98,7 +98,7 @@ class SQuAD(Recipe):
     def check(self) -> None:
         self.choose("corpus", DATASETS)
         self.splits = ("train", "valid", "test") if self.config["corpus"] == "xquad" else ("train", "valid")
-        scores = [cell for split in self.splits for cell in (f"{split} EM", "F1")]
+        scores = [cell for split in self.splits for cell in (f"{split} EM", f"{split} F1")]
         self.header = ["unit", "parameters", *scores, "s/batch"]
 
     def work_name(self) -> str:

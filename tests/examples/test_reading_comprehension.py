@@ -149,7 +149,7 @@ def recipe(start, tmp_path_factory):
 
 def test_table(recipe):
     header, row = table(recipe.output)
-    assert header[:4] == ["unit", "parameters", "train EM", "F1"]
+    assert header[:4] == ["unit", "parameters", "train EM", "train F1"]
     assert len(header) == len(row) == 9
     assert row[0] == "lrn" and int(row[1].replace(",", "")) > 1000
     assert all(0 <= float(em) <= float(f1) <= 100 for em, f1 in zip(row[2:8:2], row[3:8:2]))
@@ -198,5 +198,8 @@ def test_squad_has_its_splits(start, tmp_path):
         write(tmp_path / f"data/{name}.json", json.dumps({"data": [made(i) for i in articles]}))
     recipe = Recipe(start, tmp_path, "reading_comprehension/squad.py", "--data", "data", "corpus=squad")
     header, row = table(recipe("models=lrn", "optimization.max_update=1", "model.encoder_hidden_size=8"))
-    assert header == ["unit", "parameters", "train EM", "F1", "valid EM", "F1", "s/batch"] and len(row) == 7
+    assert (
+        header == [*("unit", "parameters", "train EM", "train F1", "valid EM", "valid F1", "s/batch")]
+        and len(row) == 7
+    )
     assert len(json.loads((tmp_path / "squad/runs/lrn/answers.json").read_text())) == 4
