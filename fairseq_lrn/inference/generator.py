@@ -93,10 +93,9 @@ class BeamSearchGenerator(SequenceGenerator):
             found = self.translator.search(native, src_tokens, *options, float(self.temperature))
         else:
             search = torch.classes.fairseq_lrn.BeamSearch(len(src_tokens), *options)
-            graphs = self.translator.graphs
-            found = None if autocast else graphs.search(sample["net_input"], search, self.temperature)
-            if found is None:
-                found = self._search(sample["net_input"], search)
+            graphs, net_input = self.translator.graphs, sample["net_input"]
+            graphed = None if autocast else graphs.search(net_input, search, self.temperature)
+            found = graphed or self._search(net_input, search)
         return _check(sample, _split(*found))
 
     def _search(self, net_input: Dict[str, Tensor], search: Any) -> Tuple[Tensor, ...]:
