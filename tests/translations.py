@@ -311,7 +311,8 @@ def searches(
         "decoder_layers": draw(st.integers(*decoder_layers)),
         "decoder_attention_heads": heads,
         "decoder_embed_dim": width,
-        "encoder_embed_dim": width if shared == "all" else draw(st.integers(1, widest)),
+        # normalising two or three numbers makes rounding large, in float32 PyTorch too
+        "encoder_embed_dim": width if shared == "all" else draw(st.just(1) | st.integers(4, widest)),
         "decoder_ffn_embed_dim": draw(st.integers(1, widest)),
         "encoder_ffn_embed_dim": draw(st.integers(1, widest)),
         "share_decoder_input_output_embed": shared == "output",
