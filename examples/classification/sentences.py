@@ -140,14 +140,8 @@ class Sentences(Recipe):
 
     def evaluate(self, run: Run) -> Sequence[Any]:
         command = ["fairseq-validate", "bin", "--user-dir", package(), "--task", "sentence_prediction"]
-        command += [
-            "--criterion",
-            "sentence_prediction",
-            "--path",
-            self.checkpoint(run),
-            "--valid-subset",
-            "valid,test",
-        ]
+        command += ["--criterion", "sentence_prediction", "--path", self.checkpoint(run)]
+        command += ["--valid-subset", "valid,test"]
         command += ["--batch-size", 64, "--required-batch-size-multiple", 1, "--num-workers", 0]
 
         def read(part: Path, log: str) -> List[float]:

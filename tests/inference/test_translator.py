@@ -185,9 +185,11 @@ def test_interrupting():
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
     began = time.monotonic()
     timer.start()
-    with pytest.raises(KeyboardInterrupt):
-        search(native, source_of([3] * 50, 12), max_len=10_000_000)
-    signal.signal(signal.SIGINT, handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            search(native, source_of([3] * 50, 12), max_len=10_000_000)
+    finally:
+        signal.signal(signal.SIGINT, handler)
     assert time.monotonic() - began < 30
     assert all(map(torch.equal, search(native, source_of([3], 12)), expected))
 
