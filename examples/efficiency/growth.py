@@ -113,6 +113,9 @@ def plot(points: Dict[str, List[Point]], path: Path) -> None:
                 axes[row, column].loglog(
                     [x[axis] for x in found], [x[value] for x in found], "o-", label=name
                 )
+            sizes = sorted({point[axis] for point in points[axis]})
+            axes[row, column].set_xticks(sizes, map(str, sizes))
+            axes[row, column].tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes[row, column].set_xlabel(f"{axis}, {'tokens' if axis == 'length' else 'units'}")
             axes[row, column].set_ylabel(title)
             axes[row, column].grid(alpha=0.3)
