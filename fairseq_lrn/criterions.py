@@ -53,7 +53,7 @@ class ChunkedCriterion(LabelSmoothedCrossEntropyCriterion):
     def weight(model: nn.Module) -> Optional[Tensor]:
         """Return the weight of a plain output projection, or None if the projection is another module."""
         if isinstance(model, FullyShardedDataParallel):
-            return None
+            return None  # it has the whole weight only within forward()
         # DDP believes that parameters are unused which forward() does not reach
         if getattr(model, "find_unused_parameters", False):
             return None

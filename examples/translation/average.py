@@ -15,7 +15,8 @@ fairseq_patches.apply()  # lets torch.load read fairseq's checkpoints with weigh
 def average(run: Path, count: int, output: Path) -> None:
     """Write ``run``'s latest epoch checkpoint to ``output``, its parameters averaged over the last ``count``.
 
-    Means of float16 and bfloat16 are float32. Tensors that are not floating point stay the latest checkpoint's.
+    Means of float16 and bfloat16 are float32. Tensors that are not floating point stay the latest
+    checkpoint's.
     Raises ``ValueError`` if ``run`` holds fewer than ``count`` epoch checkpoints.
     """
     names = [re.fullmatch(r"checkpoint(\d+)\.pt", path.name) for path in run.iterdir()]

@@ -9,7 +9,7 @@
 
 namespace lrn {
 
-// From the one least wished for to the best. Loops are compiled for kDefault, kAvx2 and kAvx512;
+// From the slowest to the fastest. Loops are compiled for kDefault, kAvx2 and kAvx512;
 // the others have products of int8 and bfloat16 besides, which are instructions by name.
 enum class Isa { kDefault, kAvx2, kAvx2Vnni, kAvx512, kAvx512Vnni, kAvx512Bf16 };
 

@@ -115,7 +115,7 @@ std::optional<c10::OperatorHandle> onednn() {
   return !intel && at::globalContext().userEnabledMkldnn() ? op : std::nullopt;
 }
 
-// As it lies in memory of its own. contiguous() alone keeps any stride of an axis of one element.
+// With the strides of new memory. contiguous() alone keeps any stride of an axis of one element.
 Tensor packed(const Tensor& x) {
   const int64_t columns = x.size(-1);
   const Tensor y = x.contiguous();

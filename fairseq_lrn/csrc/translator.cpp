@@ -134,6 +134,7 @@ class Packer {
                       const std::string& suffix = "", float filling_bias = 0) {
     const int64_t count = names.size();
     PackedLinear layer{type_, in.padded(), count * out.padded(), nullptr};
+    // 128 * 127 * 2^17 < 2^31: no sum overflows
     TORCH_CHECK_VALUE(type_ != ComputeType::kInt8 || layer.in <= 1 << 17, "Translator: ", names[0],
                       " must have at most 131072 inputs for int8, got ", layer.in);
     layer.data = memory(layer.panels() * layer.panel_size());

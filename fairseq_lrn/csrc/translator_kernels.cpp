@@ -13,7 +13,7 @@ namespace {
 
 constexpr float kNone = -std::numeric_limits<float>::infinity();
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
-constexpr float kLeast = 1e-35f;  // rows of int8 have steps no smaller than its 127th part
+constexpr float kLeast = 1e-35f;  // of a row of int8's largest value: 127 divided by it is finite
 
 template <int kLanes>
 constexpr int kTileVectors = kLanes == 16 ? 4 : 2;
@@ -83,7 +83,7 @@ template <Dot kDot, int kLanes, int kRows>
 LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows x, Rows y,
                  bool add) {
   constexpr int kVectors = kTileVectors<kLanes>;
-  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn; there are 4 at least
+  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn, so that few rows wait less for the loop
   typedef Floats<kLanes> V;
   typedef Sums<kDot, kLanes> S;
   constexpr ComputeType kType = is_int8(kDot)           ? ComputeType::kInt8
@@ -95,7 +95,7 @@ LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows 
 #pragma GCC unroll 8
   for (int c = 0; c < kVectors; ++c) {
     S start = {};
-    if constexpr (kDot != Dot::kInt8Widened) {
+    if constexpr (kDot != Dot::kInt8Widened) {  // which takes the 128 from the features first
       std::memcpy(&start, weights + c * kLanes, sizeof(start));
     }
 #pragma GCC unroll 8
@@ -130,7 +130,7 @@ LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows 
       if constexpr (is_int8(kDot)) {
         result = __builtin_convertvector(sums[r][c], V) * x[r][end];
         result *= load<kLanes>(weights + c * kLanes);
-        round_here(result);
+        round_here(result);  // so that every instruction set gives the same
         result += load<kLanes>(weights + kPanel + c * kLanes);
       } else {
         result = sums[r][c];

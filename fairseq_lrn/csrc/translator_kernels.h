@@ -1,7 +1,7 @@
 // What a translator computes, on rows of floats. Each function is compiled once per instruction
 // set.
 //
-// Features are padded with zeros to whole vectors, and rows begin at multiples of kPanel floats. A
+// Features are padded with zeros to whole vectors. Rows of floats begin at multiples of kPanel. A
 // row's results do not depend on what other rows there are: its sums have one order.
 #pragma once
 
@@ -30,8 +30,8 @@ struct Rows {
 // row of features and one of weights have a scale each, by which their largest int8 is 127.
 enum class ComputeType { kFloat32, kBfloat16, kInt8 };
 
-// 32 bits hold one feature, two or four. Rows of int8 have 128 added to each byte, as VNNI takes
-// them, and their scale behind them.
+// 32 bits, a unit, hold one feature, two or four. Rows of int8 have 128 added to each byte, as VNNI
+// takes them, and their scale behind them, with room for it up to the next 16 bytes.
 inline int64_t units(ComputeType type, int64_t features) {
   return type == ComputeType::kFloat32 ? features
          : type == ComputeType::kInt8  ? features / 4
@@ -44,9 +44,10 @@ inline int64_t unit_stride(ComputeType type, int64_t features) {
 // Writes rows of floats as rows of that type.
 void convert(ComputeType type, Rows x, int64_t rows, int64_t size, Rows y);
 
-// y = W x + b. A panel has rows of kPanel outputs: what their sums begin with, that is the bias, or
-// what takes the 128 added to features away again; the weights of one unit after another; and of
-// int8 the scales and the bias.
+// y = W x + b. A panel holds kPanel outputs, in rows of a number for each output:
+//
+//   float32, bfloat16: bias | unit 0 | unit 1 | ...
+//   int8:              what takes the features' 128 away | unit 0 | unit 1 | ... | scale | bias
 struct PackedLinear {
   ComputeType type;
   int64_t in, out;

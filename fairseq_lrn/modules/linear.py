@@ -4,11 +4,11 @@ from typing import Any
 
 import torch.nn as nn
 from torch import Tensor
-from torch.nn.modules import module as modules
+from torch.nn.modules import module as hooks
 
 from ..ops import linear
 
-_FORWARD = nn.Linear.forward
+_FORWARD = nn.Linear.forward  # others may replace it later
 
 
 def is_plain(module: nn.Module, kind: Any) -> bool:
@@ -17,8 +17,8 @@ def is_plain(module: nn.Module, kind: Any) -> bool:
         type(module) is kind
         and not (module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
         and not (module._backward_hooks or module._backward_pre_hooks)
-        and not (modules._global_forward_hooks or modules._global_forward_pre_hooks)
-        and not (modules._global_backward_hooks or modules._global_backward_pre_hooks)
+        and not (hooks._global_forward_hooks or hooks._global_forward_pre_hooks)
+        and not (hooks._global_backward_hooks or hooks._global_backward_pre_hooks)
     )
 
 

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from ..ops import linear
 
-_ELEMENTS = 2**22  # scores at a time
+_ELEMENTS = 2**22  # scores at a time: 16 MiB of float32
 
 
 class _Loss(torch.autograd.Function):
@@ -20,10 +20,8 @@ class _Loss(torch.autograd.Function):
         nll = torch.zeros((), dtype=torch.float32, device=x.device)
         smooth = torch.zeros_like(nll)
         if learns:
-            x_grad, weight_grad = (
-                torch.empty_like(x),
-                weight.new_zeros(weight.shape[::-1], dtype=torch.float32),
-            )
+            x_grad = torch.empty_like(x)
+            weight_grad = weight.new_zeros(weight.shape[::-1], dtype=torch.float32)  # as the product gives it
         rows = max(1, _ELEMENTS // len(weight))
         for begin in range(0, len(x), rows):
             part, words = x[begin : begin + rows], target[begin : begin + rows, None]
@@ -31,6 +29,7 @@ class _Loss(torch.autograd.Function):
             nll -= log_probs.gather(1, words).sum()
             smooth -= log_probs.sum()
             if learns:
+                # softmax - each, of the right word softmax - (1 - smoothing)
                 grad = log_probs.exp_().sub_(each)
                 grad.scatter_add_(1, words, grad.new_full(words.shape, smoothing + each - 1))
                 grad = grad.to(x.dtype)
@@ -54,7 +53,8 @@ def linear_cross_entropy(
     """Return the loss of scores ``x @ weight.T``, with and without smoothing, and never hold all scores.
 
     It is fairseq's ``label_smoothed_nll_loss``: each wrong word gets label_smoothing / (V - 1). The softmax
-    and the sums are in float32.
+    and the sums are in float32. Where gradients are wanted, they are made at once, and the weight's takes two
+    arrays of (V, C) until the backward pass.
 
     Args:
         x: (N, C), float32 or bfloat16
