@@ -99,7 +99,8 @@ def times(folder):
 
 
 PAIRS = """--task translation -s {} -t {}
-    --criterion chunked_label_smoothed_cross_entropy --label-smoothing 0.1 --optimizer adam --adam-betas (0.9,_0.98) --lr-scheduler inverse_sqrt --warmup-init-lr 1e-7
+    --criterion chunked_label_smoothed_cross_entropy --label-smoothing 0.1
+    --optimizer adam --adam-betas (0.9,_0.98) --lr-scheduler inverse_sqrt --warmup-init-lr 1e-7
     --max-tokens 4096 --required-batch-size-multiple 1 --keep-last-epochs 10 --share-all-embeddings """
 CELLS = "--cell lrn --optimizer adam --maximize-best-checkpoint-metric --no-epoch-checkpoints --clip-norm 5 "
 SENTENCES = f"""{CELLS} --task sentence_prediction --num-classes {{}} --criterion sentence_prediction
