@@ -107,13 +107,13 @@ def plot(points: Dict[str, List[Point]], path: Path) -> None:
 
     figure, axes = pyplot.subplots(2, 2, figsize=(9, 6.5), layout="constrained", sharey="row")
     for column, axis in enumerate(("length", "width")):
+        sizes = sorted({point[axis] for point in points[axis]})
         for row, (value, title) in enumerate((("words_per_second", "words a second"), ("memory", "MiB"))):
             for name in MODELS:
                 found = [point for point in points[axis] if point["model"] == name]
                 axes[row, column].loglog(
                     [x[axis] for x in found], [x[value] for x in found], "o-", label=name
                 )
-            sizes = sorted({point[axis] for point in points[axis]})
             axes[row, column].set_xticks(sizes, map(str, sizes))
             axes[row, column].tick_params(axis="x", which="minor", bottom=False, labelbottom=False)
             axes[row, column].set_xlabel(f"{axis}, {'tokens' if axis == 'length' else 'units'}")

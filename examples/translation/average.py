@@ -15,8 +15,7 @@ fairseq_patches.apply()  # lets torch.load read fairseq's checkpoints with weigh
 def average(run: Path, count: int, output: Path) -> None:
     """Write ``run``'s latest epoch checkpoint to ``output``, its parameters averaged over the last ``count``.
 
-    Means of float16 and bfloat16 are float32. Tensors that are not floating point stay the latest
-    checkpoint's.
+    Tensors that are not floating point stay the latest checkpoint's.
     Raises ``ValueError`` if ``run`` holds fewer than ``count`` epoch checkpoints.
     """
     names = [re.fullmatch(r"checkpoint(\d+)\.pt", path.name) for path in run.iterdir()]
@@ -31,7 +30,7 @@ def average(run: Path, count: int, output: Path) -> None:
     for name, tensor in latest["model"].items():
         if tensor.is_floating_point():
             mean = torch.stack([state["model"][name].double() for state in states]).mean(0)
-            latest["model"][name] = mean.to(torch.promote_types(tensor.dtype, torch.float32))
+            latest["model"][name] = mean.to(tensor.dtype)
     # an interrupted write must not look like a result
     torch.save(latest, f"{output}.part")
     os.replace(f"{output}.part", output)

@@ -83,7 +83,7 @@ template <Dot kDot, int kLanes, int kRows>
 LRN_HD void tile(const PackedLinear& layer, int64_t index, int64_t column, Rows x, Rows y,
                  bool add) {
   constexpr int kVectors = kTileVectors<kLanes>;
-  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn, so that few rows wait less for the loop
+  constexpr int kUnits = kRows <= 2 ? 4 : 1;  // of a turn; kPad makes their number a multiple
   typedef Floats<kLanes> V;
   typedef Sums<kDot, kLanes> S;
   constexpr ComputeType kType = is_int8(kDot)           ? ComputeType::kInt8
