@@ -17,6 +17,8 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import TokenBlockDataset, data_utils
 from fairseq.file_io import PathManager
+from fairseq.optim import fp16_optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fairseq_lrn.models  # noqa: F401  applies the patches
 from fairseq_lrn import fairseq_patches
@@ -213,6 +215,49 @@ def test_replace_whole(tmp_path):
             assert (reader.read() == "old") == whole
         assert old.read_text() == "new"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["new", "old"]
+
+
+class Copies(TorchDispatchMode):
+    """Counts copies, each of which is a kernel on a GPU."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += "copy_" in function.__name__
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("missing", [False, True])
+def test_copy_all_parameters(missing):
+    """The same copies; the optimizer's flat parameters are those that fairseq makes on a GPU."""
+    mixin = fp16_optimizer._FP16OptimizerMixin
+    shapes = [(3, 4), (5,), (), (0,), (2, 3, 2)] * 20
+
+    def optimizer():
+        generator = torch.Generator().manual_seed(0)
+        made = mixin()
+        made.fp16_params = [torch.nn.Parameter(torch.randn(x, generator=generator).half()) for x in shapes]
+        flat = torch.nn.Parameter(torch.randn(sum(p.numel() for p in made.fp16_params), generator=generator))
+        flat.grad = torch.full_like(flat, torch.nan)
+        made.fp32_params, made._needs_sync = {None: flat}, True
+        for i, p in enumerate(made.fp16_params):
+            if not missing or i % 3:
+                p.grad = torch.randn(p.shape, generator=generator).half()
+        return made
+
+    found, counts = [], []
+    for function in (lambda x: x, lambda x: x.__wrapped__):
+        made = optimizer()
+        with Copies() as copies:
+            function(mixin._sync_fp16_grads_to_fp32)(made)
+            function(mixin._sync_fp32_params_to_fp16)(made)
+        assert not made._needs_sync
+        found.append([made.fp32_params[None].grad, *made.fp16_params])
+        counts.append(copies.count)
+    for ours, theirs in zip(*found):
+        assert torch.equal(ours, theirs)
+    assert not found[0][0].isnan().any()
+    assert counts == [2, 2 * len(shapes)]
 
 
 def test_give_numpy_compat(monkeypatch):

@@ -316,11 +316,16 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
     sizes.update({f"--{side}-embed-dim": width for side in ("encoder", "decoder")})
     wide = {f"--{side}-ffn-embed-dim": 4 * width for side in ("encoder", "decoder")}
     heads = max(1, width // 64)
+    plugin = {"--user-dir": str(Path(fairseq_lrn.__file__).parent)}
+    transformer = {"--arch": "transformer", **wide}
+    transformer.update({f"--{side}-attention-heads": heads for side in ("encoder", "decoder")})
+    lrn = {**plugin, "--arch": "lrn", **wide, "--decoder-attention-heads": heads}
     models: Dict[str, Dict[str, Any]] = {
-        "lrn": {"--arch": "lrn", **wide, "--decoder-attention-heads": heads},
-        "transformer": {"--arch": "transformer", **wide,
-                        **{f"--{side}-attention-heads": heads for side in ("encoder", "decoder")}},
-        "lstm": {"--arch": "lstm", "--encoder-bidirectional": None, "--decoder-out-embed-dim": width,
+        "transformer": transformer,
+        "transformer, this package loaded": {**plugin, **transformer},
+        "lrn": lrn,
+        "lrn --compile": {**lrn, "--compile": ""},
+        "lstm": {"--arch": "lstm", "--encoder-bidirectional": "", "--decoder-out-embed-dim": width,
                  **{f"--{side}-hidden-size": width for side in ("encoder", "decoder")}},
     }  # fmt: skip
     rng = random.Random(0)
@@ -332,13 +337,14 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
                 )
                 Path(folder, f"{split}.{language}").write_text("\n".join(lines) + "\n")
         prefixes = [f"--{split}pref={folder}/{split}" for split in ("train", "valid")]
-        command("fairseq-preprocess", "-s", "en", "-t", "de", "--joined-dictionary", *prefixes, "--destdir",
-                f"{folder}/bin")  # fmt: skip
-        lrn = math.nan
+        command("-m", "fairseq_cli.preprocess", "-s", "en", "-t", "de", "--joined-dictionary", *prefixes,
+                "--destdir", f"{folder}/bin")  # fmt: skip
+        rates: Dict[str, float] = {}
         for name, options in models.items():
-            flat = [str(word) for pair in {**sizes, **options}.items() for word in pair if word is not None]
+            flat = [word for pair in {**sizes, **options}.items() for word in pair if word != ""]
             out = command(
-                "fairseq-train", f"{folder}/bin", "--user-dir", Path(fairseq_lrn.__file__).parent, *flat,
+                str(Path(__file__).with_name("profile_training.py")), updates * 9 // 10, updates,
+                f"{folder}/bin", *flat,
                 "--share-all-embeddings", "--dropout", 0.1, "--optimizer", "adam", "--lr", 1e-4,
                 "--criterion", "label_smoothed_cross_entropy", "--label-smoothing", 0.1,
                 "--max-tokens", 8192, "--max-update", updates, "--required-batch-size-multiple", 1,
@@ -346,30 +352,32 @@ def training_rows(width: int, layers: int, vocabulary: int, sentences: int, upda
                 "--no-save", "--disable-validation", "--log-format", "json",
                 "--log-interval", updates // 4, "--seed", 1, "--fp16" if CUDA else "--cpu",
             )  # fmt: skip
-            logs = [json.loads(line[line.index("{") :]) for line in out.splitlines() if '"wps"' in line]
+            lines = out.splitlines()
+            logs = [json.loads(line[line.index("{") :]) for line in lines if '"wps"' in line]
             inner = [float(log["wps"]) for log in logs if "train_wps" not in log]
-            rate = statistics.median(inner[1:])  # the first quarter warms up
-            lrn = rate if name == "lrn" else lrn
-            parameters = next(line for line in out.splitlines() if "shared model params" in line)
+            # the first quarter warms up, the last is profiled
+            rates[name] = statistics.median(inner[1:3])
+            parameters = next(line for line in lines if "shared model params" in line)
             parameters = parameters.rpartition("params: ")[2].split(" ")[0]
+            profile = json.loads(next(line for line in lines if line.startswith('{"profile"')))
             yield Row(
                 f"fairseq-train --fp16, {name}, {layers} + {layers} layers of width {width}, vocabulary of "
                 f"{vocabulary:,}, {parameters} parameters",
-                None,
-                f"{rate:,.0f} words/s"
-                + ("" if name == "lrn" else f"; lrn's are {lrn / rate:.2f} times as many"),
-                {"lstm": "≥ 3", "transformer": "≥ 1.3"}.get(name, ""),
+                profile["profile"]["ms"],
+                f"{rates[name]:,.0f} words/s, {rates[name] / rates['transformer']:.2f} of the "
+                f"transformer's; {profile['profile']['kernels']:.0f} kernels a step",
             )
+            for ms, count, kernel in profile["by_kernel"][:12]:
+                yield Row(f"{name}: {kernel[:80]}", ms, f"{count:.0f} a step")
 
 
 def command(*words: Any) -> str:
-    """Run one of fairseq's commands and return its output. If it fails, exit with the last lines."""
-    program = str(Path(sys.executable).parent / words[0])
+    """Run Python with these arguments and return its output. If it fails, exit with the last lines."""
     done = subprocess.run(
-        [program, *map(str, words[1:])], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        [sys.executable, *map(str, words)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
     )
     if done.returncode != 0:
-        sys.exit(f"{words[0]} exited with {done.returncode}:\n{done.stdout[-2000:]}")
+        sys.exit(f"{' '.join(map(str, words[:2]))} exited with {done.returncode}:\n{done.stdout[-2000:]}")
     return done.stdout
 
 

@@ -95,9 +95,9 @@ class EncoderAttention(nn.Module):
             keys, values = self.k_proj(memory), self.v_proj(memory)
         else:
             keys, values = project(self.k_proj, memory), project(self.v_proj, memory)
-        return (
-            torch.stack([keys, values]).unflatten(3, (-1, self.head_dim)).permute(0, 2, 3, 1, 4).contiguous()
-        )
+        keys = keys.unflatten(2, (-1, self.head_dim)).permute(1, 2, 0, 3)
+        values = values.unflatten(2, (-1, self.head_dim)).permute(1, 2, 0, 3)
+        return torch.stack([keys, values]).contiguous()
 
     def forward(
         self, x: Tensor, keys_values: Tensor, padding_mask: Optional[Tensor], need_weights: bool
