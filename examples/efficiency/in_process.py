@@ -8,6 +8,7 @@ sentence, and the sentences a second, without loading.
 """
 
 import argparse
+import itertools
 import time
 from typing import Any, Callable, List
 
@@ -20,7 +21,7 @@ from models import peer
 from fairseq_lrn.inference import Translator
 
 MAX_LENGTH = 200  # as fairseq-generate's --max-len-b
-Engine = Callable[[List[torch.Tensor]], Callable[[], List[torch.Tensor]]]  # from a batch to what is timed
+Engine = Callable[[List[torch.Tensor]], Callable[[], List[List[int]]]]  # from a batch to what is timed
 
 
 def translator(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
@@ -33,13 +34,14 @@ def translator(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
     eos, pad, unk = dictionary.eos(), dictionary.pad(), dictionary.unk()
     search = (args.beam, 1, MAX_LENGTH, eos, pad, eos, unk, 0.0, 1.0, True, None, 1.0)
 
-    def prepare(batch: List[torch.Tensor]) -> Callable[[], List[torch.Tensor]]:
+    def prepare(batch: List[torch.Tensor]) -> Callable[[], List[List[int]]]:
         src_tokens = data_utils.collate_tokens(batch, pad, eos, left_pad=True)
 
-        def run() -> List[torch.Tensor]:
-            counts, lengths, _, words, *_ = engine.search(native, src_tokens, *search)
-            hypotheses, best = words.split(lengths.tolist()), (counts.cumsum(0) - counts).tolist()
-            return [hypotheses[i][:-1] for i in best]
+        def run() -> List[List[int]]:
+            counts, lengths, _, found, *_ = engine.search(native, src_tokens, *search)
+            words, ends = found.tolist(), list(itertools.accumulate(lengths.tolist(), initial=0))
+            best = itertools.accumulate(counts.tolist()[:-1], initial=0)
+            return [words[ends[i] : ends[i + 1] - 1] for i in best]
 
         return run
 
@@ -52,14 +54,12 @@ def ctranslate2(args: argparse.Namespace, dictionary: Dictionary) -> Engine:
     threads = {"inter_threads": 1, "intra_threads": args.threads}
     engine = peer(model.eval(), dictionary, args.compute_type, **threads)
 
-    def prepare(batch: List[torch.Tensor]) -> Callable[[], List[torch.Tensor]]:
+    def prepare(batch: List[torch.Tensor]) -> Callable[[], List[List[int]]]:
         sources = [[dictionary[word] for word in sentence[:-1].tolist()] for sentence in batch]
 
-        def run() -> List[torch.Tensor]:
+        def run() -> List[List[int]]:
             found = engine.translate_batch(sources, beam_size=args.beam, max_decoding_length=MAX_LENGTH)
-            return [
-                torch.tensor([dictionary.index(word) for word in result.hypotheses[0]]) for result in found
-            ]
+            return [[dictionary.index(word) for word in result.hypotheses[0]] for result in found]
 
         return run
 
@@ -97,7 +97,7 @@ def main() -> None:
     seconds = time.perf_counter() - begin
     found = {i: words for batch, result in zip(batches, results) for i, words in zip(batch, result)}
     for i in sorted(found):
-        print(f"D-{i}\t0\t{dictionary.string(found[i], 'sentencepiece')}")
+        print(f"D-{i}\t0\t{dictionary.string(torch.tensor(found[i]), 'sentencepiece')}")
     print(f"Translated {len(found)} sentences in {seconds:.1f}s ({len(found) / seconds:.2f} sentences/s)")
 
 

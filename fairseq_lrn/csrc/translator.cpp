@@ -785,7 +785,7 @@ Translation::~Translation() {
   }
 }
 
-bool Translation::advance(double seconds) {
+std::optional<Translation::Found> Translation::advance(double seconds) {
   const std::lock_guard<std::mutex> lock(mutex_);
   using Clock = std::chrono::steady_clock;
   const auto end = Clock::now() + std::chrono::duration<double>(seconds);
@@ -796,11 +796,13 @@ bool Translation::advance(double seconds) {
       }
     }
   });
-  return !std::all_of(workers_.begin(), workers_.end(),
-                      [](const std::unique_ptr<Worker>& worker) { return worker->done(); });
+  const bool done =
+      std::all_of(workers_.begin(), workers_.end(),
+                  [](const std::unique_ptr<Worker>& worker) { return worker->done(); });
+  return done ? std::optional<Found>(hypotheses()) : std::nullopt;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> Translation::hypotheses() const {
+Translation::Found Translation::hypotheses() const {
   std::vector<Hypotheses> found;
   int64_t total = 0, positions = 0;
   for (const auto& worker : workers_) {
@@ -873,6 +875,7 @@ LRN_LIBRARY(m) {
   using lrn::Translation;
   using lrn::Translator;
   using Optional = std::optional<at::Tensor>;
+  m.class_<Translation>("Translation").def("advance", &Translation::advance);
   m.class_<Translator>("Translator")
       .def(torch::init([](lrn::Weights weights, std::string activation, std::string activation_fn,
                           bool output_gate, int64_t heads, double encoder_scale,
@@ -888,22 +891,20 @@ LRN_LIBRARY(m) {
       .def("project",
            [](const intrusive_ptr<Translator>& self, const at::Tensor& encoder_out,
               const Optional& padding_mask) { return self->project(encoder_out, padding_mask); })
-      .def("step", &Translator::step);
+      .def("step", &Translator::step)
+      // A method of the translator: as an argument, an object of this class takes longer.
+      .def("translation",
+           [](const intrusive_ptr<Translator>& self, const at::Tensor& src_tokens,
+              int64_t beam_size, int64_t min_length, int64_t max_length, int64_t bos, int64_t pad,
+              int64_t eos, int64_t unk, double unk_penalty, double length_penalty,
+              bool normalize_scores, const Optional& prefix, double temperature) {
+             return c10::make_intrusive<Translation>(
+                 self,
+                 lrn::SearchOptions{beam_size, min_length, max_length, bos, pad, eos, unk,
+                                    unk_penalty, length_penalty, normalize_scores},
+                 src_tokens, prefix, temperature);
+           });
   m.class_<lrn::Product>("Product")
       .def(torch::init<at::Tensor, at::Tensor, std::string>())
       .def("forward", &lrn::Product::forward);
-  m.class_<Translation>("Translation")
-      .def(torch::init([](const intrusive_ptr<Translator>& translator, const at::Tensor& src_tokens,
-                          int64_t beam_size, int64_t min_length, int64_t max_length, int64_t bos,
-                          int64_t pad, int64_t eos, int64_t unk, double unk_penalty,
-                          double length_penalty, bool normalize_scores, const Optional& prefix,
-                          double temperature) {
-        return c10::make_intrusive<Translation>(
-            translator,
-            lrn::SearchOptions{beam_size, min_length, max_length, bos, pad, eos, unk, unk_penalty,
-                               length_penalty, normalize_scores},
-            src_tokens, prefix, temperature);
-      }))
-      .def("advance", &Translation::advance)
-      .def("hypotheses", &Translation::hypotheses);
 }

@@ -153,15 +153,18 @@ class Translation : public torch::CustomClassHolder {
               double temperature);
   ~Translation() override;
 
-  // Goes on for some seconds, but not within a step; returns whether there is more to do.
-  bool advance(double seconds);
-
   // Of sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
   // first; of their words the ids, log-probabilities and attention (words, source length).
-  std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> hypotheses()
-      const;
+  using Found =
+      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+
+  // Goes on until the end or for some seconds, but not within a step; returns what it found, or
+  // nothing if there is more to do.
+  std::optional<Found> advance(double seconds);
 
  private:
+  Found hypotheses() const;
+
   c10::intrusive_ptr<Translator> translator_;
   int64_t sentences_, length_;
   std::vector<std::unique_ptr<Worker>> workers_;  // worker i % workers has sentence i

@@ -108,10 +108,11 @@ class Translator:
             sentence first; ids, log-probabilities and attention (words, S) of all their words, one hypothesis
             after the other
         """
-        search = torch.classes.fairseq_lrn.Translation(native, src_tokens, *arguments)
-        while search.advance(_SECONDS):
-            pass
-        return search.hypotheses()
+        translation = native.translation(src_tokens, *arguments)
+        found = None
+        while found is None:
+            found = translation.advance(_SECONDS)
+        return found
 
     def encode(self, native: Any, src_tokens: Tensor) -> Dict[str, List[Tensor]]:
         """As :meth:`~fairseq_lrn.models.lrn_encoder.LRNEncoder.forward`; at padding the output is zeros."""

@@ -53,13 +53,14 @@ def make(model, compute_type="float32"):
 
 
 def begin(native, source, beam=3, min_len=1, max_len=12, words=(EOS, PAD, EOS, UNK), prefix=None):
-    return CLASSES.Translation(native, source, beam, min_len, max_len, *words, 0.0, 1.0, True, prefix, 1.0)
+    return native.translation(source, beam, min_len, max_len, *words, 0.0, 1.0, True, prefix, 1.0)
 
 
 def finish(translation, seconds=0.1):
-    while translation.advance(seconds):
-        pass
-    return translation.hypotheses()
+    found = None
+    while found is None:
+        found = translation.advance(seconds)
+    return found
 
 
 def search(native, source, **options):
