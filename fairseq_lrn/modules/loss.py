@@ -5,9 +5,8 @@ from typing import Any, Tuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
-from ..ops import linear
+from ..ops import cross_entropy_, linear
 
 _ELEMENTS = 2**22  # scores at a time: 16 MiB of float32
 
@@ -16,29 +15,26 @@ class _Loss(torch.autograd.Function):
     # The gradients are made beside the loss: the scores are not computed twice.
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, target: Tensor, smoothing: float, learns: bool):
-        each = smoothing / (len(weight) - 1)
-        nll = torch.zeros((), dtype=torch.float32, device=x.device)
-        smooth = torch.zeros_like(nll)
+        loss = torch.zeros((), dtype=torch.float32, device=x.device)
+        nll = torch.zeros_like(loss)
         if learns:
             x_grad = torch.empty_like(x)
             weight_grad = weight.new_zeros(weight.shape[::-1], dtype=torch.float32)  # as the product gives it
         rows = max(1, _ELEMENTS // len(weight))
         for begin in range(0, len(x), rows):
-            part, words = x[begin : begin + rows], target[begin : begin + rows, None]
-            log_probs = F.log_softmax(linear(part, weight), 1, dtype=torch.float32)
-            nll -= log_probs.gather(1, words).sum()
-            smooth -= log_probs.sum()
+            part = x[begin : begin + rows]
+            grad = linear(part, weight).float()
+            found = cross_entropy_(grad, target[begin : begin + rows], smoothing)
+            loss += found[0]
+            nll += found[1]
             if learns:
-                # softmax - each, of the right word softmax - (1 - smoothing)
-                grad = log_probs.exp_().sub_(each)
-                grad.scatter_add_(1, words, grad.new_full(words.shape, smoothing + each - 1))
                 grad = grad.to(x.dtype)
                 x_grad[begin : begin + rows] = linear(grad, weight.t())
                 weight_grad += linear(part.t(), grad.t())
         if learns:
             ctx.save_for_backward(x_grad, weight_grad.t().to(weight.dtype))
         ctx.mark_non_differentiable(nll)
-        return (1 - smoothing - each) * nll + each * smooth, nll
+        return loss, nll
 
     @staticmethod
     @once_differentiable

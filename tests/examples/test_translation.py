@@ -2,6 +2,7 @@
 
 import gzip
 import itertools
+import json
 import os
 import shutil
 import tarfile
@@ -114,6 +115,20 @@ def test_average_is_the_mean_of_the_last_epochs(recipe):
     key = "decoder.embed_tokens.weight"
     assert not torch.allclose(average[key], third[key], rtol=0, atol=1e-8)
     assert not torch.allclose(average[key], (first[key] + second[key] + third[key]) / 3, rtol=0, atol=1e-8)
+
+
+def test_curve(recipe):
+    """Each epoch sees the same words, in one update. The best checkpoint is one of the epochs'."""
+    curve = Recipe(recipe.begin, recipe.cwd, "translation/curve.py")
+    printed = table(curve("multi30k", "en", "de", "lrn_tiny=100", "--json", "curve.json"))
+    (points,) = json.loads((recipe.cwd / "curve.json").read_text()).values()
+    assert [x["epoch"] for x in points] == [1, 2, 3]
+    assert [[str(x["epoch"]), f"{x['bleu']:.1f}"] for x in points] == [row[1::2] for row in printed[1:]]
+    count = sum(len(line.split()) + 1 for line in lines(recipe.work / "subwords/train.de"))
+    for x in points:
+        assert x["minutes"] == pytest.approx(x["epoch"] * count / 100 / 60, rel=1e-3)
+    best = recipe("average=0", "generation.max_len_b=200", *ONE_LAYER)
+    assert table(best)[1][2] in [f"{x['bleu']:.1f}" for x in points]
 
 
 def test_average_of_more_epochs_than_are_kept(recipe):

@@ -51,6 +51,7 @@ def linear_samples():
 
 # Every operator but those without tensors; a new one must be added here.
 SAMPLES = {
+    "cross_entropy_": lambda: [((normal(3, 70), torch.tensor([0, 9, 5]), 0.1), {})],
     "linear": linear_samples,
     "log_softmax_topk": lambda: [((normal(3, 70), 4, [1]), {})],
     "lrn_scan": scan_samples,
