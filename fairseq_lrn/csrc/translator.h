@@ -155,8 +155,7 @@ class Translation : public torch::CustomClassHolder {
 
   // Of sentences the number of hypotheses; of these the lengths and scores, the best of a sentence
   // first; of their words the ids, log-probabilities and attention (words, source length).
-  using Found =
-      std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
+  using Found = std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor>;
 
   // Goes on until the end or for some seconds, but not within a step; returns what it found, or
   // nothing if there is more to do.
