@@ -103,6 +103,7 @@ class StepGraphs:
         beam_size = sizes[0]
         # Row i of the search is row rows[i] of the step. At first a sentence has one row.
         rows = torch.arange(sentences) * beam_size
+        index = _index(rows)
         kept: List[Tensor] = []  # attention of all rows, of each step
         places: List[Tensor] = []  # of the search's rows in these, one after the other
         offset = 0
@@ -112,20 +113,22 @@ class StepGraphs:
             step.begin(encoder_out)
         while going:
             tokens, order = search.rows()
-            parents = rows[order] if kept else rows
-            if len(kept) == 1 or len(tokens) != len(rows):  # sentences have all their rows now, or some ended
+            parents = rows if not kept else order if isinstance(index, slice) else rows[order]
+            count = tokens.size(0)
+            if len(kept) == 1 or count != rows.size(0):  # sentences have all their rows now, or some ended
                 left = parents[::beam_size] // beam_size  # places of sentences in the step
                 rows = (left[:, None] * beam_size + torch.arange(beam_size)).flatten()
                 if 4 * len(left) <= step.sentences:  # they move to the beginning of a smaller step
                     state = step.state(parents, left)
                     step = self._step(len(left), length, sizes, temperature)
                     step.set_state(*state)
-                    rows = parents = torch.arange(len(tokens))
-            log_probs, words, attention = step.run(search, rows, tokens, parents)
+                    rows = parents = torch.arange(count)
+                index = _index(rows)
+            log_probs, words, attention = step.run(search, index, tokens, parents)
             going = search.advance(log_probs, words)
             places.append(rows + offset)
             kept.append(attention)
-            offset += len(attention)
+            offset += attention.size(0)
         *found, ancestors = search.hypotheses()
         found = [x.to(memory.device) for x in found]
         if not kept:
@@ -232,9 +235,12 @@ class _Step:
         inputs = (2 + self.extras) * rows + self.excluded
         self.host_input = torch.zeros(inputs, dtype=torch.int64, pin_memory=pinned)
         self.input = torch.zeros_like(self.host_input, device=device)
+        self.host_parts, self.parts = self._parts(self.host_input), self._parts(self.input)
+        self.excluding: Any = None  # the words that host_input excludes
         # log-probabilities and words of the candidates
         self.host_found = torch.zeros(2, rows, self.width + self.extras, pin_memory=pinned)
         self.found = torch.zeros_like(self.host_found, device=device)
+        self.host_log_probs, self.host_words = self.host_found[0], self.host_found[1].view(torch.int32)
 
     def _parts(self, inputs: Tensor) -> Tuple[Tensor, Tensor, Tensor, Tensor]:
         """Tokens (N), parents (N), extra words (N, extras) and excluded ones (excluded)."""
@@ -245,7 +251,7 @@ class _Step:
     def compute(self) -> None:
         """The captured part: from the tokens of all rows to their candidates, attention and states."""
         decoder = self.decoder
-        tokens, parents, extra, excluded = self._parts(self.input)
+        tokens, parents, extra, excluded = self.parts
         encoder_out = {"encoder_out": [self.states], "encoder_padding_mask": [self.padding_mask]}
         state: Dict[str, Dict[str, Optional[Tensor]]] = {}
         before = {"states": self.states.index_select(1, parents), "keys_values": self.keys_values}
@@ -299,19 +305,22 @@ class _Step:
         self.padding_mask[:sentences, length:] = True
         self.padding_mask[:sentences, :length] = padding_mask
 
-    def run(self, search: Any, rows: Tensor, tokens: Tensor, parents: Tensor) -> Tuple[Tensor, ...]:
+    def run(self, search: Any, rows: Any, tokens: Tensor, parents: Tensor) -> Tuple[Tensor, ...]:
         """Run a step. The search's rows are at ``rows`` and follow the rows ``parents`` of the last step.
 
         Returns:
             log-probabilities and words for ``search``, on the host, and attention of all rows
         """
-        all_tokens, all_parents, all_extra, all_excluded = self._parts(self.host_input)
+        all_tokens, all_parents, all_extra, all_excluded = self.host_parts
         all_tokens[rows] = tokens
         all_parents[rows] = parents
         extra, excluded = search.extra(), search.excluded()
-        if extra.size(1) > 0:
-            all_extra[rows, : extra.size(1)] = extra
-        all_excluded.copy_(torch.tensor((excluded * self.excluded)[: self.excluded]))
+        extras = extra.size(1)
+        if extras > 0:
+            all_extra[rows, :extras] = extra
+        if excluded != self.excluding:
+            all_excluded.copy_(torch.tensor((excluded * self.excluded)[: self.excluded]))
+            self.excluding = excluded
 
         self.input.copy_(self.host_input, non_blocking=True)
         if self.graph is None:
@@ -322,9 +331,14 @@ class _Step:
         attention = self.attention.clone()
         if self.found.is_cuda:
             torch.cuda.current_stream().synchronize()
-        columns = slice(self.width - search.width(), self.width + extra.size(1))
-        log_probs, words = self.host_found[0], self.host_found[1].view(torch.int32)
-        return log_probs[rows, columns], words[rows, columns], attention
+        columns = slice(self.width - search.width(), self.width + extras)
+        return self.host_log_probs[rows, columns], self.host_words[rows, columns], attention
+
+
+def _index(rows: Tensor) -> Any:
+    """Return what picks increasing ``rows`` fastest: a slice, if they are the first ones."""
+    count = rows.size(0)
+    return slice(count) if count > 0 and int(rows[-1]) == count - 1 else rows
 
 
 def _round_up(size: int, least: int) -> int:
