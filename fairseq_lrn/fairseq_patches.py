@@ -409,7 +409,7 @@ def copy_all_parameters() -> None:
         for device, flat in self.fp32_params.items():
             found, copies = parts(flat, device, self.fp16_params)
             if found:
-                torch._foreach_copy_(found, copies)
+                torch._foreach_copy_([x.data for x in found], copies)  # no new version, as in fairseq
 
     mixin._sync_fp16_grads_to_fp32 = _sync_fp16_grads_to_fp32
     mixin._sync_fp32_params_to_fp16 = _sync_fp32_params_to_fp16

@@ -253,6 +253,7 @@ def test_copy_all_parameters(missing):
             function(mixin._sync_fp32_params_to_fp16)(made)
         assert not made._needs_sync
         found.append([made.fp32_params[None].grad, *made.fp16_params])
+        assert [p._version for p in made.fp16_params] == [0] * len(shapes)
         counts.append(copies.count)
     for ours, theirs in zip(*found):
         assert torch.equal(ours, theirs)

@@ -14,21 +14,34 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List
+from typing import Dict, List, Tuple
 
 import fairseq_lrn
 
-EPOCH = re.compile(r"\[train\].* epoch (\d+) .*\| wpb ([\d.]+) .*\| num_updates (\d+)")
+NUMBER = r"([\d.e+]+)"
+EPOCH = re.compile(rf"\[train\].* epoch (\d+) .*\| wpb {NUMBER} .*\| num_updates {NUMBER}")
 
 
 def words(log: Path) -> Dict[int, float]:
     """Return how many target words a training had seen after each epoch of its log."""
-    updates, seen, found = 0, 0.0, {}
+    updates, seen, found = 0.0, 0.0, {}
     for epoch, per_update, after in EPOCH.findall(log.read_text(encoding="utf-8")):
-        if int(after) > updates:  # an epoch that was trained again is there twice
-            seen += float(per_update) * (int(after) - updates)
-            updates, found[int(epoch)] = int(after), seen
+        if int(epoch) == 1:  # a training that began anew may be in the same log
+            updates, seen, found = 0.0, 0.0, {}
+        if float(after) > updates:  # an epoch that was trained again is there twice
+            seen += float(per_update) * (float(after) - updates)
+            updates, found[int(epoch)] = float(after), seen
+    if not found:
+        sys.exit(f"{log} has no whole epoch, or another log_format than simple")
     return found
+
+
+def speed(text: str) -> Tuple[str, float]:
+    """Read RUN=SPEED."""
+    found = re.fullmatch(r"(.+)=(\d+(?:\.\d+)?)", text)
+    if found is None or float(found[2]) == 0:
+        raise argparse.ArgumentTypeError(f"must be RUN=SPEED with a positive number, but is {text}")
+    return found[1], float(found[2])
 
 
 def bleu(work: Path, source: str, target: str, checkpoint: Path) -> float:
@@ -72,7 +85,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("target")
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN=SPEED", help="runs, and their training words a second"
+        "runs", nargs="+", type=speed, metavar="RUN=SPEED", help="runs, and their training words a second"
     )
     parser.add_argument("--json", type=Path, help="file for every point")
     parser.add_argument("--plot", type=Path, help="file for a picture")
@@ -81,13 +94,13 @@ def main() -> None:
 
     curves: Dict[str, List[Dict[str, float]]] = {}
     print("| run | epoch | minutes | BLEU |\n|---|---|---|---|", flush=True)
-    for run, _, speed in (text.partition("=") for text in args.runs):
+    for run, rate in args.runs:
         folder, curves[run] = args.work / "runs" / run, []
         for epoch, seen in words(folder / "train.log").items():
             checkpoint = folder / f"checkpoint{epoch}.pt"
             if checkpoint.exists():
                 score = bleu(args.work, args.source, args.target, checkpoint)
-                point = {"epoch": epoch, "minutes": seen / float(speed) / 60, "bleu": score}
+                point = {"epoch": epoch, "minutes": seen / rate / 60, "bleu": score}
                 curves[run].append(point)
                 print(f"| {run} | {epoch} | {point['minutes']:.1f} | {score:.1f} |", flush=True)
     if args.json:

@@ -1,8 +1,10 @@
 // Label-smoothed cross entropy of rows of scores on the CPU, and its gradient in their place: a row
 // stays in the processor's cache from its maximum to its gradient.
 #include <ATen/Parallel.h>
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/core/grad_mode.h>
 #include <ATen/ops/empty.h>
-#include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 
 #include <algorithm>
 #include <cmath>
@@ -42,17 +44,19 @@ LRN_HD void each_lane(int64_t size, const F& f) {
 
 LRN_HD void loss_row(const Arguments& a, int64_t row) {
   float* __restrict x = a.scores + row * a.stride;
-  const double size = static_cast<double>(a.size);
   const float right = x[a.target[row]];
   float maxima[kLanes], sums[kLanes] = {}, totals[kLanes] = {};
+  int32_t nans[kLanes] = {};
   std::fill_n(maxima, kLanes, -std::numeric_limits<float>::infinity());
   each_lane(a.size, [&](int64_t j, int64_t lane) __attribute__((always_inline)) {
     maxima[lane] = x[j] > maxima[lane] ? x[j] : maxima[lane];
-    sums[lane] += x[j];
+    nans[lane] |= x[j] != x[j];
   });
   const float maximum = *std::max_element(maxima, maxima + kLanes);
   each_lane(a.size, [&](int64_t j, int64_t lane) __attribute__((always_inline)) {
-    x[j] = lrn::exp_of_negative(x[j] - maximum);
+    const float below = x[j] - maximum;
+    sums[lane] += below;
+    x[j] = lrn::exp_of_negative(below);
     totals[lane] += x[j];
   });
   double sum = 0, total = 0;
@@ -60,13 +64,17 @@ LRN_HD void loss_row(const Arguments& a, int64_t row) {
     sum += sums[lane];
     total += totals[lane];
   }
-  if (std::isnan(sum) || std::isinf(maximum)) {  // the exponential is always finite
+  const bool nan = std::any_of(nans, nans + kLanes, [](int32_t found) { return found != 0; });
+  if (nan || std::isinf(maximum)) {  // the exponential is always finite
     total = std::numeric_limits<double>::quiet_NaN();
   }
   // Each wrong word has the probability each, the right one 1 - smoothing.
-  const double each = a.smoothing / (size - 1), log_sum = maximum + std::log(total);
-  a.nlls[row] = log_sum - right;
-  a.losses[row] = (1 - a.smoothing - each) * a.nlls[row] + each * (size * log_sum - sum);
+  const double size = static_cast<double>(a.size), each = a.smoothing / (size - 1);
+  const double nll = std::log(total) - (static_cast<double>(right) - maximum);
+  a.nlls[row] = nll;
+  a.losses[row] = a.smoothing == 0
+                      ? nll
+                      : (1 - a.smoothing - each) * nll + each * (size * std::log(total) - sum);
   const float scale = static_cast<float>(1 / total), shift = static_cast<float>(each);
   each_lane(a.size, [&](int64_t j, int64_t)
                         __attribute__((always_inline)) { x[j] = x[j] * scale - shift; });
@@ -98,6 +106,9 @@ void check(const Tensor& scores, const Tensor& target) {
                   "cross_entropy_: target must have a word for each row of scores");
   TORCH_SYM_CHECK(scores.sym_size(1).sym_ge(2),
                   "cross_entropy_: scores must have at least 2 columns");
+  TORCH_SYM_CHECK(
+      scores.sym_size(0).sym_le(1).sym_or(scores.sym_stride(0).sym_ge(scores.sym_size(1))),
+      "cross_entropy_: rows of scores must not overlap");
 }
 
 std::tuple<Tensor, Tensor> cross_entropy_cpu(Tensor& scores, const Tensor& target,
@@ -136,6 +147,22 @@ std::tuple<Tensor, Tensor> cross_entropy_meta(Tensor& scores, const Tensor& targ
   return {at::empty({}, scores.options()), at::empty({}, scores.options())};
 }
 
+// Tells autograd that the scores have changed; PyTorch's fallback does if they are returned.
+std::tuple<Tensor, Tensor> cross_entropy_autograd(Tensor& scores, const Tensor& target,
+                                                  double smoothing) {
+  TORCH_CHECK(!(at::GradMode::is_enabled() && scores.requires_grad()),
+              "cross_entropy_: scores must not require a gradient, which takes their place");
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow("fairseq_lrn::cross_entropy_", "")
+                             .typed<decltype(cross_entropy_autograd)>();
+  const at::AutoDispatchBelowADInplaceOrView guard;
+  auto result = op.call(scores, target, smoothing);
+  if (!scores.is_inference()) {
+    scores.unsafeGetTensorImpl()->bump_version();
+  }
+  return result;
+}
+
 }  // namespace
 
 LRN_LIBRARY(m) {
@@ -148,6 +175,4 @@ LRN_LIBRARY_IMPL(CPU, m) { m.impl("cross_entropy_", cross_entropy_cpu); }
 
 LRN_LIBRARY_IMPL(Meta, m) { m.impl("cross_entropy_", cross_entropy_meta); }
 
-LRN_LIBRARY_IMPL(Autograd, m) {
-  m.impl("cross_entropy_", torch::autograd::autogradNotImplementedFallback());
-}
+LRN_LIBRARY_IMPL(Autograd, m) { m.impl("cross_entropy_", cross_entropy_autograd); }

@@ -30,10 +30,11 @@ def cross_entropy_(scores: Tensor, target: Tensor, label_smoothing: float = 0.0)
     """
     if scores.dtype != torch.float32 or target.dtype != torch.int64:
         raise TypeError(f"scores must be float32 and target int64, got {scores.dtype} and {target.dtype}")
-    if scores.dim() != 2 or scores.size(1) < 2 or scores.stride(1) != 1:
+    matrix = scores.dim() == 2 and scores.size(1) >= 2 and scores.stride(1) == 1
+    if not matrix or (len(scores) > 1 and scores.stride(0) < scores.size(1)):
         raise ValueError(
-            f"scores must be (N, V), V at least 2, with contiguous rows, got shape {list(scores.shape)} and "
-            f"strides {list(scores.stride())}"
+            "scores must be (N, V), V at least 2, with contiguous rows apart, got shape "
+            f"{list(scores.shape)} and strides {list(scores.stride())}"
         )
     if target.shape != scores.shape[:1]:
         raise ValueError(f"target must have shape {[len(scores)]}, got {list(target.shape)}")

@@ -1,6 +1,7 @@
 """The translation recipes on a slice: of the real data in $MULTI30K, else of sentences made here."""
 
 import gzip
+import importlib
 import itertools
 import json
 import os
@@ -10,7 +11,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from recipes import Recipe, assert_trains_the_same, assert_translates_natively, lines, table, times, write
+from recipes import (
+    EXAMPLES,
+    Recipe,
+    assert_trains_the_same,
+    assert_translates_natively,
+    lines,
+    table,
+    times,
+    write,
+)
 
 SIZES = {"train": 90, "val": 10, "test_2016_flickr": 11}  # 8 divides no count of results
 SHORT = "dataset.max_tokens=20000 generation.max_len_b=20 vocab_size=100 average=0".split()
@@ -129,6 +139,19 @@ def test_curve(recipe):
         assert x["minutes"] == pytest.approx(x["epoch"] * count / 100 / 60, rel=1e-3)
     best = recipe("average=0", "generation.max_len_b=200", *ONE_LAYER)
     assert table(best)[1][2] in [f"{x['bleu']:.1f}" for x in points]
+
+
+def test_words_of_a_training(tmp_path, monkeypatch):
+    """It began anew once, was resumed in an epoch, and is so long that fairseq writes 1e+06."""
+    monkeypatch.syspath_prepend(EXAMPLES / "translation")
+    words = importlib.import_module("curve").words
+    line = "[x][train][INFO] - epoch {:03d} | loss 2 | wpb {} | bsz 9 | num_updates {} | lr 1\n".format
+    log = tmp_path / "train.log"
+    log.write_text(line(1, 7, 900) + line(1, 10, 1000) + line(1, 10, 500000) + line(2, "1.2e+06", "1e+06"))
+    assert words(log) == {1: 5e6, 2: 5e6 + 1.2e6 * 5e5}
+    log.write_text('[x][train][INFO] - {"epoch": 1, "train_wpb": "10"}\n')
+    with pytest.raises(SystemExit, match="no whole epoch, or another log_format than simple"):
+        words(log)
 
 
 def test_average_of_more_epochs_than_are_kept(recipe):

@@ -75,6 +75,30 @@ def test_rows_of_a_larger_matrix(device):
     assert torch.equal(whole, before)
 
 
+@pytest.mark.parametrize("offset", [1e5, -1e7])
+@pytest.mark.parametrize("device", DEVICES)
+def test_what_all_scores_share_does_not_matter(device, offset, instruction_set):
+    scores = torch.randn(4, 1000, generator=torch.Generator().manual_seed(0)) + offset
+    assert_definition(scores.to(device), torch.tensor([0, 999, 5, 7], device=device), 0.1)
+
+
+def test_huge_scores():
+    scores = torch.zeros(1, 200)
+    scores[0, [3, 67]], scores[0, [4, 68]] = -3e38, 3e38
+    loss, nll = cross_entropy_(scores, torch.tensor([4]))
+    assert loss == nll == torch.tensor(2.0).log() and scores.isfinite().all()
+
+
+def test_autograd_sees_that_scores_change():
+    scores, weight = torch.randn(3, 5), torch.ones(3, 5, requires_grad=True)
+    result = (weight * scores).sum()
+    cross_entropy_(scores, torch.arange(3))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        result.backward()
+    with pytest.raises(RuntimeError, match=r"must not require a gradient|leaf Variable that requires grad"):
+        cross_entropy_(torch.zeros(1, 5, requires_grad=True), torch.zeros(1).long())
+
+
 def test_a_word_that_is_impossible():
     scores = torch.zeros(1, 100)
     scores[0, 7] = -torch.inf
@@ -88,6 +112,8 @@ def test_a_word_that_is_impossible():
         (torch.zeros(2, 5).bfloat16(), torch.zeros(2).long(), TypeError, "scores must be float32"),
         (torch.zeros(2, 5), torch.zeros(2), TypeError, "target int64, got"),
         (torch.zeros(5, 2).t(), torch.zeros(2).long(), ValueError, "with contiguous rows"),
+        (torch.zeros(1, 5).expand(2, 5), torch.zeros(2).long(), ValueError, "contiguous rows apart"),
+        (torch.zeros(9).as_strided((2, 5), (3, 1)), torch.zeros(2).long(), ValueError, "rows apart"),
         (torch.zeros(2, 1), torch.zeros(2).long(), ValueError, "V at least 2"),
         (torch.zeros(5), torch.zeros(2).long(), ValueError, "with contiguous rows"),
         (torch.zeros(2, 5), torch.zeros(3).long(), ValueError, r"target must have shape \[2\]"),
