@@ -43,7 +43,8 @@ def apply() -> None:
 def replace(owner: Any, name: str, new: Callable) -> None:
     """Put ``new`` in place of the function ``owner.name``, which stays as its ``__wrapped__``."""
     new = functools.wraps(getattr(owner, name))(new)
-    setattr(owner, name, staticmethod(new) if inspect.isclass(owner) else new)
+    static = isinstance(inspect.getattr_static(owner, name), staticmethod)
+    setattr(owner, name, staticmethod(new) if static else new)
 
 
 # ---------------------------------------------------------------------------------------------- sentences
@@ -389,7 +390,6 @@ def copy_all_parameters() -> None:
         found = [parameter for parameter in parameters if parameter.device.index == device]
         return found, list(torch._utils._unflatten_dense_tensors(flat, found))
 
-    @functools.wraps(copy_gradients)
     @torch.no_grad()
     def _sync_fp16_grads_to_fp32(self: Any) -> None:
         if not (self._needs_sync and isinstance(self.fp32_params, dict)):
@@ -401,7 +401,6 @@ def copy_all_parameters() -> None:
                 torch._foreach_copy_(copies, grads)
         self._needs_sync = False
 
-    @functools.wraps(copy_parameters)
     @torch.no_grad()
     def _sync_fp32_params_to_fp16(self: Any) -> None:
         if not isinstance(self.fp32_params, dict):
@@ -411,8 +410,8 @@ def copy_all_parameters() -> None:
             if found:
                 torch._foreach_copy_([x.data for x in found], copies)  # no new version, as in fairseq
 
-    mixin._sync_fp16_grads_to_fp32 = _sync_fp16_grads_to_fp32
-    mixin._sync_fp32_params_to_fp16 = _sync_fp32_params_to_fp16
+    replace(mixin, "_sync_fp16_grads_to_fp32", _sync_fp16_grads_to_fp32)
+    replace(mixin, "_sync_fp32_params_to_fp16", _sync_fp32_params_to_fp16)
 
 
 # -------------------------------------------------------------------------------------------------- NumPy

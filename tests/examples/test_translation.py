@@ -129,7 +129,7 @@ def test_average_is_the_mean_of_the_last_epochs(recipe):
 
 def test_curve(recipe):
     """Each epoch sees the same words, in one update. The best checkpoint is one of the epochs'."""
-    curve = Recipe(recipe.begin, recipe.cwd, "translation/curve.py")
+    curve = Recipe(recipe.begin, recipe.cwd, "efficiency/curve.py")
     printed = table(curve("multi30k", "en", "de", "lrn_tiny=100", "--json", "curve.json"))
     (points,) = json.loads((recipe.cwd / "curve.json").read_text()).values()
     assert [x["epoch"] for x in points] == [1, 2, 3]
@@ -143,7 +143,7 @@ def test_curve(recipe):
 
 def test_words_of_a_training(tmp_path, monkeypatch):
     """It began anew once, was resumed in an epoch, and is so long that fairseq writes 1e+06."""
-    monkeypatch.syspath_prepend(EXAMPLES / "translation")
+    monkeypatch.syspath_prepend(EXAMPLES / "efficiency")
     words = importlib.import_module("curve").words
     line = "[x][train][INFO] - epoch {:03d} | loss 2 | wpb {} | bsz 9 | num_updates {} | lr 1\n".format
     log = tmp_path / "train.log"

@@ -16,6 +16,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Tuple
 
+from arguments import output, picture
+
 import fairseq_lrn
 
 NUMBER = r"([\d.e+]+)"
@@ -87,8 +89,8 @@ def main() -> None:
     parser.add_argument(
         "runs", nargs="+", type=speed, metavar="RUN=SPEED", help="runs, and their training words a second"
     )
-    parser.add_argument("--json", type=Path, help="file for every point")
-    parser.add_argument("--plot", type=Path, help="file for a picture")
+    parser.add_argument("--json", type=output, help="file for every point")
+    parser.add_argument("--plot", type=picture, help="file for a picture")
     args = parser.parse_args()
     args.work = args.work.resolve()
 
