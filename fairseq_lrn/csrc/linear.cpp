@@ -1,6 +1,6 @@
 // A linear layer that knows two shortcuts with AVX-512: for few rows it takes as long as reading
-// the weights once, up to half as long as the BLAS; for many on other processors than Intel's it is
-// oneDNN's.
+// the weights once, up to half as long as the BLAS; for more on other processors than Intel's it
+// copies no matrix whole, but at most a block of one.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -17,6 +17,8 @@
 #if defined(LRN_AVX512)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
 #include <immintrin.h>
+
+#include "product.h"
 #endif
 
 namespace {
@@ -25,7 +27,6 @@ using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 constexpr int64_t kFewRows = 8;      // for more the BLAS is as fast
-constexpr int64_t kManyRows = 32;    // for fewer oneDNN's preparations take too long
 constexpr int64_t kGrain = 1 << 20;  // multiplications worth a thread
 
 #if defined(LRN_AVX512)
@@ -107,26 +108,170 @@ Tensor few_rows(const Tensor& input, const Tensor& weight, const OptionalTensor&
   return y;
 }
 
-// MKL, PyTorch's BLAS, keeps its code for AVX-512 to Intel's processors. PyTorch has oneDNN for
-// layers of its own, and an operator for compiled programs.
-std::optional<c10::OperatorHandle> onednn() {
+// MKL, PyTorch's BLAS, keeps its code for AVX-512 to Intel's processors.
+bool is_intel() {
   static const bool intel = __builtin_cpu_is("intel");
-  static const auto op = c10::Dispatcher::singleton().findSchema({"mkldnn::_linear_pointwise", ""});
-  return !intel && at::globalContext().userEnabledMkldnn() ? op : std::nullopt;
+  return intel;
 }
 
-// With the strides of new memory. contiguous() alone keeps any stride of an axis of one element.
-Tensor packed(const Tensor& x) {
-  const int64_t columns = x.size(-1);
-  const Tensor y = x.contiguous();
-  return x.dim() == 1 ? y.as_strided({columns}, {1}) : y.as_strided(x.sizes(), {columns, 1});
+constexpr int64_t kPanel = 64;            // columns of a tile: four vectors
+constexpr int64_t kColumns = 4 * kPanel;  // of a block of the second matrix,
+constexpr int64_t kDepth = 512;           // which stays in the second cache with as many rows
+typedef lrn::Floats<16> V;
+typedef lrn::Ints<16> Lanes;
+
+struct Matrices {
+  lrn::Strided a, b;  // (rows, depth), (columns, depth)
+  const float* bias;  // may be null
+  float* c;           // (rows, columns)
+  int64_t c_row;      // from one of its rows to the next
+  int64_t rows, columns, depth;
+};
+
+// Transposes in four steps, each of which interleaves the first half of the rows with the second.
+LRN_INLINE void transpose(V (&x)[16]) {
+  const Lanes low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
+  for (int step = 0; step < 4; ++step) {
+    V y[16];
+    for (int i = 0; i < 8; ++i) {
+      y[2 * i] = (V)_mm512_permutex2var_ps((__m512)x[i], (__m512i)low, (__m512)x[i + 8]);
+      y[2 * i + 1] = (V)_mm512_permutex2var_ps((__m512)x[i], (__m512i)high, (__m512)x[i + 8]);
+    }
+    for (int i = 0; i < 16; ++i) {
+      x[i] = y[i];
+    }
+  }
 }
 
-// oneDNN takes a matrix whose rows or columns lie next to each other and do not overlap.
-Tensor matrix(const Tensor& x) {
-  const bool rows = x.stride(1) == 1 && x.stride(0) >= x.size(1);
-  const bool columns = x.stride(0) == 1 && x.stride(1) >= x.size(0);
-  return rows || columns ? x : packed(x);
+// Copies `columns` rows of b as columns of whole vectors, with zeros beyond the last.
+LRN_INLINE void pack(const lrn::Strided& b, int64_t columns, int64_t depth, float* to) {
+  const int64_t width = (columns + 15) / 16 * 16;
+  for (int64_t j = 0; j < width; j += 16) {
+    const int64_t count = std::min<int64_t>(16, columns - j);
+    for (int64_t k = 0; k < depth; k += 16) {
+      const int64_t end = std::min(k + 16, depth);
+      const float* from = b.data + j * b.row + k * b.column;
+      float* const start = to + k * width + j;
+      if (b.column == 1 && count == 16 && end == k + 16) {
+        V x[16];
+        for (int64_t i = 0; i < 16; ++i) {
+          x[i] = lrn::load<16>(from + i * b.row);
+        }
+        transpose(x);
+        for (int64_t i = 0; i < 16; ++i) {
+          const V row = x[i];
+          lrn::store(start + i * width, row);
+        }
+      } else if (b.row == 1 && count == 16) {
+        for (int64_t i = 0; i < end - k; ++i) {
+          std::memcpy(start + i * width, from + i * b.column, sizeof(V));
+        }
+      } else {
+        for (int64_t i = 0; i < end - k; ++i) {
+          for (int64_t lane = 0; lane < 16; ++lane) {
+            start[i * width + lane] = lane < count ? from[lane * b.row + i * b.column] : 0;
+          }
+        }
+      }
+    }
+  }
+}
+
+// A tile of up to kPanel columns. Where these are no whole vectors, its result is made aside.
+template <int kVectors>
+__attribute__((noinline, target(LRN_AVX512))) void tile(const Matrices& m, int64_t row,
+                                                        int64_t column, int64_t first,
+                                                        int64_t depth, const float* packed,
+                                                        const float* bias) {
+  const int64_t rows = std::min(lrn::kTileRows, m.rows - row);
+  const int64_t columns = std::min(kPanel, m.columns - column);
+  const lrn::Strided a{m.a.data + row * m.a.row + first * m.a.column, m.a.row, m.a.column};
+  float* const c = m.c + row * m.c_row + column;
+  float aside[lrn::kTileRows * kPanel];
+  const bool whole = columns == kVectors * 16;
+  float* const to = whole ? c : aside;
+  const int64_t to_row = whole ? m.c_row : kPanel;
+  for (int64_t i = 0; i < rows && first > 0 && !whole; ++i) {
+    std::memcpy(aside + i * kPanel, c + i * m.c_row, columns * sizeof(float));
+  }
+  lrn::multiply_tile<16, kVectors>(a, packed, kVectors * 16, to, to_row, rows, depth,
+                                   first > 0 ? to : bias, first > 0 ? to_row : 0);
+  for (int64_t i = 0; i < rows && !whole; ++i) {
+    std::memcpy(c + i * m.c_row, aside + i * kPanel, columns * sizeof(float));
+  }
+}
+
+__attribute__((target(LRN_AVX512))) void multiply_blocks(const Matrices& m, float* packed) {
+  const int64_t parts = (m.depth + kDepth - 1) / kDepth, most = (m.depth + parts - 1) / parts;
+  for (int64_t block = 0; block < m.columns; block += kColumns) {
+    const int64_t end = std::min(block + kColumns, m.columns);
+    float bias[kColumns] = {};
+    if (m.bias != nullptr) {
+      std::memcpy(bias, m.bias + block, (end - block) * sizeof(float));
+    }
+    for (int64_t first = 0; first < m.depth; first += most) {
+      const int64_t depth = std::min(most, m.depth - first);
+      for (int64_t j = block; j < end; j += kPanel) {
+        const lrn::Strided b{m.b.data + j * m.b.row + first * m.b.column, m.b.row, m.b.column};
+        pack(b, std::min(kPanel, end - j), depth, packed + (j - block) * depth);
+      }
+      for (int64_t i = 0; i < m.rows; i += lrn::kTileRows) {
+        for (int64_t j = block; j < end; j += kPanel) {
+          const float* const panel = packed + (j - block) * depth;
+          switch ((std::min(kPanel, end - j) + 15) / 16) {
+            case 1:
+              tile<1>(m, i, j, first, depth, panel, bias + j - block);
+              break;
+            case 2:
+              tile<2>(m, i, j, first, depth, panel, bias + j - block);
+              break;
+            case 3:
+              tile<3>(m, i, j, first, depth, panel, bias + j - block);
+              break;
+            default:
+              tile<4>(m, i, j, first, depth, panel, bias + j - block);
+          }
+        }
+      }
+    }
+  }
+}
+
+// Threads share the longer side of the result.
+Tensor many_rows(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
+  const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
+  const Tensor y = at::empty({input.size(0), weight.size(0)}, input.options());
+  const Matrices all{{input.const_data_ptr<float>(), input.stride(0), input.stride(1)},
+                     {weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1)},
+                     b ? b->const_data_ptr<float>() : nullptr,
+                     y.data_ptr<float>(),
+                     y.size(1),
+                     y.size(0),
+                     y.size(1),
+                     input.size(1)};
+  const bool by_row = all.rows >= all.columns;
+  const int64_t unit = by_row ? lrn::kTileRows : kPanel;
+  const int64_t size = by_row ? all.rows : all.columns, other = by_row ? all.columns : all.rows;
+  const auto multiply = [&](int64_t begin, int64_t end) {
+    Matrices part = all;
+    const int64_t first = begin * unit, count = std::min(end * unit, size) - first;
+    if (by_row) {
+      part.rows = count;
+      part.a.data += first * all.a.row;
+      part.c += first * all.c_row;
+    } else {
+      part.columns = count;
+      part.b.data += first * all.b.row;
+      part.c += first;
+      part.bias += all.bias == nullptr ? 0 : first;
+    }
+    const int64_t columns = std::min(kColumns, (part.columns + 15) / 16 * 16);
+    const auto packed = at::getCPUAllocator()->allocate(columns * std::min(kDepth, all.depth) *
+                                                        static_cast<int64_t>(sizeof(float)));
+    multiply_blocks(part, static_cast<float*>(packed.get()));
+  };
+  at::parallel_for(0, (size + unit - 1) / unit, 1 + kGrain / (unit * other * all.depth), multiply);
+  return y;
 }
 
 #endif
@@ -166,13 +311,8 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& 
     if (rows <= kFewRows) {
       return few_rows(input, weight, bias, rows);
     }
-    const auto op = rows >= kManyRows ? onednn() : std::nullopt;
-    if (op) {
-      const OptionalTensor b = bias ? OptionalTensor(packed(*bias)) : std::nullopt;
-      torch::jit::Stack stack{
-          matrix(input), matrix(weight), b, "none", c10::List<std::optional<at::Scalar>>(), ""};
-      op->callBoxed(stack);
-      return stack.front().toTensor();
+    if (!is_intel()) {
+      return many_rows(input, weight, bias);
     }
   }
 #endif
@@ -224,10 +364,7 @@ struct Linear : torch::autograd::Function<Linear> {
       result[0] = call(grad, weight.t(), std::nullopt).reshape_symint(sizes);
     }
     if (context->needs_input_grad(1)) {
-      // Both libraries copy the first factor to transpose it: it should be the smaller.
-      const Tensor x = flat(input);
-      result[1] = grad.sym_size(1) > x.sym_size(1) ? call(x.t(), grad.t(), std::nullopt).t()
-                                                   : call(grad.t(), x.t(), std::nullopt);
+      result[1] = call(grad.t(), flat(input).t(), std::nullopt);
     }
     if (context->saved_data["bias"].toBool() && context->needs_input_grad(2)) {
       result[2] = grad.sum(0);

@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from ..modules import CELLS
-from ..modules.dropout import dropout
+from ..ops import dropout
 
 Activation = ChoiceEnum(["tanh", "identity"])
 
@@ -70,7 +70,7 @@ class AdaptiveSoftmaxConfig(FairseqDataclass):
 
 
 class Dropout(FairseqDropout):
-    """fairseq's dropout, by :func:`~fairseq_lrn.modules.dropout.dropout`."""
+    """fairseq's dropout, by :func:`~fairseq_lrn.ops.dropout`."""
 
     def forward(self, x: Tensor, inplace: bool = False) -> Tensor:
         """Return ``x`` with elements dropped while training, and later too with ``--retain-dropout``."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..modules import build_recurrent
 from ..modules.linear import is_plain, project
+from ..ops import attention
 from .base import Dropout
 
 
@@ -113,32 +114,26 @@ class EncoderAttention(nn.Module):
         Returns:
             context (T, N, C), and weights (heads, N, T, S) or None
         """
-        keys, values = keys_values.unbind(0)
-        steps, rows, sentences = x.size(0), x.size(1), keys.size(0)
-        # (T, N, C) to (B, heads, N / B * T, head_dim)
         query = self.q_proj(x) if torch.jit.is_scripting() else project(self.q_proj, x)
-        query = query.view(steps, sentences, rows // sentences, -1, self.head_dim)
-        query = query.permute(1, 3, 2, 0, 4).flatten(2, 3)
-        if padding_mask is not None:
-            padding_mask = padding_mask[:, None, None]
-        weights: Optional[Tensor] = None
-        # On the CPU PyTorch's own is slower in bfloat16, backward up to ten times.
-        fused = query.dtype != torch.bfloat16 or query.device.type != "cpu"
+        fused = not need_weights
         if not torch.jit.is_scripting():
             fused = fused and is_plain(self.dropout_module, Dropout)
-        if need_weights or not fused:
-            scores = torch.matmul(query * self.head_dim**-0.5, keys.transpose(2, 3))
-            if padding_mask is not None:
-                scores = scores.masked_fill(padding_mask, float("-inf"))
-            weights = scores.softmax(3)
-            y = torch.matmul(self.dropout_module(weights), values)
-            weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
-        else:
+        weights: Optional[Tensor] = None
+        if fused:
             active = self.dropout_module.training or self.dropout_module.apply_during_inference
-            dropout = self.dropout_module.p if active else 0.0
-            mask = None if padding_mask is None else padding_mask.logical_not()
-            y = nn.functional.scaled_dot_product_attention(query, keys, values, mask, dropout)
-        y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
+            y = attention(query, keys_values, padding_mask, self.dropout_module.p if active else 0.0)
+        else:
+            steps, rows, sentences = x.size(0), x.size(1), keys_values.size(1)
+            # (T, N, C) to (B, heads, N / B * T, head_dim)
+            query = query.view(steps, sentences, rows // sentences, -1, self.head_dim)
+            query = query.permute(1, 3, 2, 0, 4).flatten(2, 3)
+            scores = torch.matmul(query * self.head_dim**-0.5, keys_values[0].transpose(2, 3))
+            if padding_mask is not None:
+                scores = scores.masked_fill(padding_mask[:, None, None], float("-inf"))
+            weights = scores.softmax(3)
+            y = torch.matmul(self.dropout_module(weights), keys_values[1])
+            weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
+            y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
         y = self.out_proj(y) if torch.jit.is_scripting() else project(self.out_proj, y)
         return y, weights if need_weights else None
 

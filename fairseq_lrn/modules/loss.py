@@ -19,7 +19,7 @@ class _Loss(torch.autograd.Function):
         nll = torch.zeros_like(loss)
         if learns:
             x_grad = torch.empty_like(x)
-            weight_grad = weight.new_zeros(weight.shape[::-1], dtype=torch.float32)  # as the product gives it
+            weight_grad = torch.zeros_like(weight, dtype=torch.float32)
         rows = max(1, _ELEMENTS // len(weight))
         for begin in range(0, len(x), rows):
             part = x[begin : begin + rows]
@@ -30,9 +30,10 @@ class _Loss(torch.autograd.Function):
             if learns:
                 grad = grad.to(x.dtype)
                 x_grad[begin : begin + rows] = linear(grad, weight.t())
-                weight_grad += linear(part.t(), grad.t())
+                weight_grad += linear(grad.t(), part.t())
+            del grad  # for the next scores to take its memory, which the cache still holds
         if learns:
-            ctx.save_for_backward(x_grad, weight_grad.t().to(weight.dtype))
+            ctx.save_for_backward(x_grad, weight_grad.to(weight.dtype))
         ctx.mark_non_differentiable(nll)
         return loss, nll
 

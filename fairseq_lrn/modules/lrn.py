@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
 from ..ops import linear, lrn_scan
-from .dropout import dropout
+from ..ops.dropout import dropout
 from .inputs import check_like, zero_padding
 
 

@@ -1,4 +1,4 @@
-"""A linear layer by the faster of two libraries."""
+"""A linear layer, by the faster of this package's product and the BLAS."""
 
 from typing import Optional
 
@@ -12,8 +12,8 @@ from ._library import eager, loaded
 def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
     """``F.linear``; in float32 on AVX-512 processors it is faster than MKL, PyTorch's choice.
 
-    Up to 8 rows use a loop of this package. 32 rows and more use oneDNN, except on Intel's processors.
-    TorchScript, traced or scripted, ``torch.compile``, autocast and layouts other than strided use
+    Up to 8 rows use one loop of this package, and more rows another, except on Intel's processors, where MKL
+    is fast. TorchScript, traced or scripted, ``torch.compile``, autocast and layouts other than strided use
     ``F.linear``.
 
     Args:

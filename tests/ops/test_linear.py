@@ -31,7 +31,7 @@ STRIDES = ["same", "transposed", "sliced", "stepped", "one number", "one row", "
 @settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_equals_the_definition(instruction_set, data):
-    """Values and gradients; the operator takes 8 rows at most one way, and 32 and more another."""
+    """Values and gradients; the operator takes 8 rows at most one way, and more another."""
     rows, columns, outputs = (data.draw(st.integers(low, high)) for low, high in ((0, 50), (1, 70), (1, 50)))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
     dtype = data.draw(st.sampled_from([torch.float32, torch.float64]))
@@ -56,6 +56,27 @@ def test_equals_the_definition(instruction_set, data):
     for found, wanted in zip(run(torch.ops.fairseq_lrn.linear, tensors, grad), expected):
         assert found.dtype == dtype and found.shape == wanted.shape
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_large_products(data):
+    """More than one block of 512 by 256, in whole vectors and not, on one thread and two."""
+    rows, columns, outputs = (data.draw(st.sampled_from([5, 40, 256, 600, 1027])) for _ in range(3))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
+    x, weight, bias = (
+        torch.randn(*size, generator=generator) for size in ((rows, columns), (outputs, columns), (outputs,))
+    )
+    x, weight = (strided(tensor, data.draw(st.sampled_from(STRIDES[:4]))) for tensor in (x, weight))
+    bias = bias if data.draw(st.booleans()) else None
+    expected = torch.nn.functional.linear(
+        x.double(), weight.double(), None if bias is None else bias.double()
+    )
+    threads = torch.get_num_threads()
+    torch.set_num_threads(data.draw(st.sampled_from([1, 2])))
+    found = linear(x, weight, bias)
+    torch.set_num_threads(threads)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * columns)
 
 
 @pytest.mark.parametrize("rows", [1, 8, 9, 32])

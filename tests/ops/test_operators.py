@@ -49,9 +49,24 @@ def linear_samples():
     yield (normal(2, 40, 5, grad=True), normal(4, 5)), {}
 
 
+def attention_samples():
+    mask = torch.tensor([[False, True, False], [False] * 3])
+    for grad in (False, True):
+        yield (normal(4, 2, 6, grad=grad), normal(2, 2, 2, 3, 3, grad=grad)), {}
+        yield (normal(4, 6, 6, grad=grad), normal(2, 2, 2, 3, 3, grad=grad), mask), {}
+
+
+def attention_backward_samples():
+    for (query, *others), _ in list(attention_samples())[:2]:
+        yield (torch.ones_like(query), query, *others, *[None] * (2 - len(others))), {}
+
+
 # Every operator but those without tensors; a new one must be added here.
 SAMPLES = {
+    "attention": attention_samples,
+    "attention_backward": attention_backward_samples,
     "cross_entropy_": lambda: [((normal(3, 70), torch.tensor([0, 9, 5]), 0.1), {})],
+    "dropout": lambda: [((normal(3, 70, grad=grad), 0.3, 5), {}) for grad in (False, True)],
     "linear": linear_samples,
     "log_softmax_topk": lambda: [((normal(3, 70), 4, [1]), {})],
     "lrn_scan": scan_samples,

@@ -6,7 +6,7 @@ from batches import DEVICES
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from fairseq_lrn.modules.dropout import dropout
+from fairseq_lrn.ops import dropout
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -14,14 +14,15 @@ from fairseq_lrn.modules.dropout import dropout
 def test_zeroes_with_probability_p_and_keeps_the_mean(p, device):
     torch.manual_seed(1)
     number = 400_000
-    y = dropout(torch.ones(number, dtype=torch.float64, device=device), p).cpu()
+    y = dropout(torch.ones(number, device=device), p).cpu()
     kept = y != 0
-    assert torch.allclose(y[kept], torch.tensor(1 / (1 - p), dtype=torch.float64), rtol=1e-4)
-    # within five standard deviations: all, each of the four that one random number decides, and pairs
+    assert torch.allclose(y[kept], torch.tensor(1 / (1 - p)), rtol=1e-4)
+    # within five standard deviations: all, both halves of a random number, and pairs: of halves, of
+    # counters, of the four numbers of a counter, and of blocks
     deviation = (p * (1 - p)) ** 0.5
-    for part in (kept, *kept.view(-1, 4).unbind(1)):
+    for part in (kept, *kept.view(-1, 2).unbind(1)):
         assert abs(part.double().mean() - (1 - p)) < 5 * deviation / len(part) ** 0.5
-    for distance in (1, 2, 3, 4, 8):
+    for distance in (1, 2, 3, 4, 8, 128, 256, 512, 1024):
         both = (kept[distance:] & kept[:-distance]).double().mean()
         assert abs(both - (1 - p) ** 2) < 5 / number**0.5
 
@@ -52,6 +53,43 @@ def test_ends_of_the_range():
 @pytest.mark.parametrize("shape", [(), (0, 3), (1,), (5,)])
 def test_any_size(shape):
     assert dropout(torch.ones(shape), 0.5).shape == shape
+
+
+def test_bits_are_philox():
+    """The published test vector of Philox4x32-10 for counter 0 and key 0 (Salmon et al. 2011)."""
+    for number, bits in enumerate((0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)):
+        for element, half in ((128 * number, bits & 0xFFFF), (128 * number + 1, bits >> 16)):
+            kept = [
+                bool(torch.ops.fairseq_lrn.dropout(torch.ones(1000), drop / 2**16, 0)[element])
+                for drop in (half, half + 1)
+            ]
+            assert kept == [True, False]
+
+
+def test_is_the_same_everywhere(instruction_set):
+    x = torch.randn(300_001)
+    expected = torch.ops.fairseq_lrn.dropout(x[:1000], 0.4, 7)
+    threads = torch.get_num_threads()
+    for number in (1, 2):
+        torch.set_num_threads(number)
+        assert torch.equal(torch.ops.fairseq_lrn.dropout(x, 0.4, 7)[:1000], expected)
+        found = torch.ops.fairseq_lrn.dropout(x.bfloat16(), 0.4, 7)
+        assert torch.equal(found == 0, torch.ops.fairseq_lrn.dropout(x, 0.4, 7) == 0)
+    torch.set_num_threads(threads)
+
+
+def test_what_is_not_a_number_stays(instruction_set):
+    y = torch.ops.fairseq_lrn.dropout(torch.full((1000,), torch.nan), 0.5, 7)
+    assert y.isnan().all()
+
+
+def test_second_derivatives():
+    x = torch.randn(5, requires_grad=True)
+    y = dropout(x, 0.5)
+    (first,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+    (second,) = torch.autograd.grad(first.sum(), x)
+    scale = (y != 0) * 2
+    torch.testing.assert_close(second, 6 * x * scale**3)
 
 
 def test_seed_decides():
