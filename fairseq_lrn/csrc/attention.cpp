@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -38,42 +39,48 @@ struct Arguments {
   Sizes size;
   const T *query, *grad_output;  // (T, N, H, D)
   const T *keys, *values;        // (B, H, S, D)
-  const bool* padding_mask;      // (B, S), or null
+  const uint8_t* padding_mask;   // (B, S), not 0 at padding, or null
   T* output;                     // as query: the context, or the query's gradient
   T *grad_keys, *grad_values;    // as keys
 };
 
 // A head's copies, in rows of whole vectors. What is beyond a row's end stays zero.
 struct Buffers {
-  int64_t width, length;                           // of rows of D columns and of S positions
-  float *query, *grad, *result;                    // (kBlock, D)
-  float *scores, *grad_scores;                     // (kBlock, S)
-  float *keys, *values, *grad_keys, *grad_values;  // (S, D)
-  float *keys_t, *values_t;                        // (D, S)
-  float* kept;                                     // (S): 1 or, at padding, 0
+  int64_t width, length;                 // of rows of D columns and of S positions
+  float *query, *result, *scores;        // of kBlock queries: (D), (D), (S)
+  float *keys, *values, *keys_t, *kept;  // (S, D), (S, D), (D, S), (S): 1 or, at padding, 0
+  float *grad, *grad_scores;             // only of the backward pass, likewise
+  float *grad_keys, *grad_values, *values_t;
   at::DataPtr memory;
 
-  explicit Buffers(const Sizes& size)
+  Buffers(const Sizes& size, bool backward)
       : width((size.dim + kAlign - 1) / kAlign * kAlign),
         length((size.positions + kAlign - 1) / kAlign * kAlign) {
-    const int64_t total = kBlock * (3 * width + 2 * length) + 4 * size.positions * width +
-                          2 * size.dim * length + length;
-    memory = at::getCPUAllocator()->allocate(total * sizeof(float));
+    const int64_t queries = std::min(kBlock, size.steps * (size.rows / size.sentences));
+    const int64_t s = size.positions * width, d = size.dim * length;
+    const std::pair<float**, int64_t> parts[] = {{&query, queries * width},
+                                                 {&result, queries * width},
+                                                 {&scores, queries * length},
+                                                 {&keys, s},
+                                                 {&values, s},
+                                                 {&keys_t, d},
+                                                 {&kept, length},
+                                                 {&grad, queries * width},
+                                                 {&grad_scores, queries * length},
+                                                 {&grad_keys, s},
+                                                 {&grad_values, s},
+                                                 {&values_t, d}};
+    const auto* const end = backward ? std::end(parts) : parts + 7;
+    int64_t total = 0;
+    for (const auto* part = parts; part < end; ++part) {
+      total += part->second;
+    }
+    memory = at::getCPUAllocator()->allocate(total * static_cast<int64_t>(sizeof(float)));
     float* next = static_cast<float*>(memory.get());
     std::fill_n(next, total, 0.0f);
-    for (float** x : {&query, &grad, &result}) {
-      *x = std::exchange(next, next + kBlock * width);
+    for (const auto* part = parts; part < end; ++part) {
+      *part->first = std::exchange(next, next + part->second);
     }
-    for (float** x : {&scores, &grad_scores}) {
-      *x = std::exchange(next, next + kBlock * length);
-    }
-    for (float** x : {&keys, &values, &grad_keys, &grad_values}) {
-      *x = std::exchange(next, next + size.positions * width);
-    }
-    for (float** x : {&keys_t, &values_t}) {
-      *x = std::exchange(next, next + size.dim * length);
-    }
-    kept = next;
   }
 };
 
@@ -101,7 +108,8 @@ LRN_HD void softmax(float* row, const float* kept, int64_t length) {
     lrn::store(row + s, found);
     sums += found;
   }
-  const float sum = lrn::sum<kLanes>(sums), scale = sum == 0 ? 0 : 1 / sum;
+  const float sum = lrn::sum<kLanes>(sums);
+  const float scale = sum < 0.5f ? 0 : 1 / sum;  // else it is at least 1, or not a number
   for (int64_t s = 0; s < length; s += kLanes) {
     const V found = lrn::load<kLanes>(row + s) * scale;
     lrn::store(row + s, found);
@@ -139,7 +147,7 @@ LRN_HD void attend(const Arguments<T>& a, const Buffers& m, int64_t pair) {
         m.values_t[j * length + s] = m.values[s * width + j];
       }
     }
-    m.kept[s] = a.padding_mask == nullptr || !a.padding_mask[sentence * positions + s];
+    m.kept[s] = a.padding_mask == nullptr || a.padding_mask[sentence * positions + s] == 0;
   }
   // A query is a row of the sentence at a step.
   const auto place = [&](int64_t i) {
@@ -240,7 +248,7 @@ void run(const Tensor& query, const Tensor& keys_values, const OptionalTensor& p
     a.query = q.const_data_ptr<T>();
     a.keys = kv.const_data_ptr<T>();
     a.values = a.keys + half;
-    a.padding_mask = padding_mask ? mask.const_data_ptr<bool>() : nullptr;
+    a.padding_mask = padding_mask ? lrn::bytes(mask) : nullptr;
     a.output = output.data_ptr<T>();
     if constexpr (kBackward) {
       a.grad_output = g.const_data_ptr<T>();
@@ -248,7 +256,7 @@ void run(const Tensor& query, const Tensor& keys_values, const OptionalTensor& p
       a.grad_values = a.grad_keys + half;
     }
     at::parallel_for(0, pairs, 1 + kGrain / (work + 1), [&](int64_t begin, int64_t end) {
-      const Buffers buffers(size);
+      const Buffers buffers(size, kBackward);
       LRN_PICK(attend, <kBackward, T>)(a, buffers, begin, end);
     });
   };

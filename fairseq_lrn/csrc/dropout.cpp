@@ -2,6 +2,7 @@
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
+#include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/custom_function.h>
 
 #include <algorithm>
@@ -86,6 +87,11 @@ void check(const Tensor& input, double p) {
   TORCH_CHECK(0 <= p && p < 1, "dropout: p must be from 0 to below 1, but is ", p);
 }
 
+Tensor dropout_meta(const Tensor& input, double p, int64_t) {
+  check(input, p);
+  return at::empty_like(input);  // its strides, where it has no gaps
+}
+
 Tensor dropout_cpu(const Tensor& input, double p, int64_t seed) {
   check(input, p);
   const Tensor x = input.contiguous();
@@ -104,12 +110,8 @@ Tensor dropout_cpu(const Tensor& input, double p, int64_t seed) {
                      [&](int64_t begin, int64_t end) { LRN_PICK(drop, <T>)(a, begin, end); });
   };
   x.scalar_type() == at::kFloat ? drop_from(float{}) : drop_from(at::BFloat16{});
-  return y;
-}
-
-Tensor dropout_meta(const Tensor& input, double p, int64_t) {
-  check(input, p);
-  return at::empty_like(input, at::MemoryFormat::Contiguous);
+  const Tensor found = dropout_meta(input, p, seed);
+  return found.strides() == y.strides() ? y : found.copy_(y);
 }
 
 Tensor call(const Tensor& input, double p, int64_t seed) {
@@ -130,10 +132,20 @@ struct Dropout : torch::autograd::Function<Dropout> {
     return call(input, p, seed);
   }
 
+  // Forward derivatives know PyTorch's operators only.
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
-    return {
-        call(grads[0], context->saved_data["p"].toDouble(), context->saved_data["seed"].toInt()),
-        Tensor(), Tensor()};
+    const double p = context->saved_data["p"].toDouble();
+    const int64_t seed = context->saved_data["seed"].toInt();
+    const Tensor& grad = grads[0];
+    if (!grad._fw_grad(0).defined()) {
+      return {call(grad, p, seed), Tensor(), Tensor()};
+    }
+    Tensor factors;
+    {
+      const at::AutoDispatchBelowADInplaceOrView guard;
+      factors = call(at::ones_like(grad), p, seed);
+    }
+    return {grad.mul(factors), Tensor(), Tensor()};
   }
 };
 

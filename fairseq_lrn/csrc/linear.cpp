@@ -1,6 +1,6 @@
 // A linear layer that knows two shortcuts with AVX-512: for few rows it takes as long as reading
-// the weights once, up to half as long as the BLAS; for more on other processors than Intel's it
-// copies no matrix whole, but at most a block of one.
+// the weights once, up to half as long as the BLAS; for more, on other processors than Intel's, it
+// copies the second matrix block by block and reads the first where it lies.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -26,7 +26,9 @@ namespace {
 using at::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
-constexpr int64_t kFewRows = 8;      // for more the BLAS is as fast
+constexpr int64_t kFewRows = 8;  // for more the BLAS is as fast, or many_rows
+constexpr int64_t kSmallest =
+    1 << 18;  // multiplications for which many_rows is worth its preparations
 constexpr int64_t kGrain = 1 << 20;  // multiplications worth a thread
 
 #if defined(LRN_AVX512)
@@ -146,6 +148,16 @@ LRN_INLINE void transpose(V (&x)[16]) {
 // Copies `columns` rows of b as columns of whole vectors, with zeros beyond the last.
 LRN_INLINE void pack(const lrn::Strided& b, int64_t columns, int64_t depth, float* to) {
   const int64_t width = (columns + 15) / 16 * 16;
+  for (int64_t k = 0; k < depth && b.row == 1 && columns == width; ++k) {
+    const float* const from = b.data + k * b.column;
+    for (int64_t j = 0; j < width; j += 16) {
+      __builtin_prefetch(from + 16 * b.column + j);
+      std::memcpy(to + k * width + j, from + j, sizeof(V));
+    }
+  }
+  if (b.row == 1 && columns == width) {
+    return;
+  }
   for (int64_t j = 0; j < width; j += 16) {
     const int64_t count = std::min<int64_t>(16, columns - j);
     for (int64_t k = 0; k < depth; k += 16) {
@@ -161,10 +173,6 @@ LRN_INLINE void pack(const lrn::Strided& b, int64_t columns, int64_t depth, floa
         for (int64_t i = 0; i < 16; ++i) {
           const V row = x[i];
           lrn::store(start + i * width, row);
-        }
-      } else if (b.row == 1 && count == 16) {
-        for (int64_t i = 0; i < end - k; ++i) {
-          std::memcpy(start + i * width, from + i * b.column, sizeof(V));
         }
       } else {
         for (int64_t i = 0; i < end - k; ++i) {
@@ -311,7 +319,7 @@ Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& 
     if (rows <= kFewRows) {
       return few_rows(input, weight, bias, rows);
     }
-    if (!is_intel()) {
+    if (!is_intel() && weight.size(0) >= 16 && rows * weight.numel() >= kSmallest) {
       return many_rows(input, weight, bias);
     }
   }

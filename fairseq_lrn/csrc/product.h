@@ -15,9 +15,9 @@ struct Strided {
   int64_t row, column;
 };
 
-// c = init + a b, for at most kTileRows rows of a and c, and kVectors vectors of a row of b and c,
-// which stay in registers. If rows are missing, the last one is computed in their place. `init`
-// may be null, for zeros.
+// c = init + a b, for the first kTileRows of `rows` rows of a and c, and kVectors vectors of a row
+// of b and c, which stay in registers. Where there are fewer, the last one is computed in place of
+// the others. `init` may be null, for zeros.
 template <int kLanes, int kVectors>
 LRN_HD void multiply_tile(Strided a, const float* b, int64_t b_row, float* c, int64_t c_row,
                           int64_t rows, int64_t depth, const float* init, int64_t init_row) {
@@ -31,9 +31,14 @@ LRN_HD void multiply_tile(Strided a, const float* b, int64_t b_row, float* c, in
       __builtin_prefetch(c + i * c_row + j * kLanes, 1);
     }
   }
+  // Looks ahead in a's columns, each of which may be another page, or else to the next tile's rows.
+  const bool flat = a.column == 1;
+  const float* const ahead =
+      flat ? a.data + kTileRows * a.row : from[kTileRows - 1] + 16 * a.column;
+  const int64_t step = flat ? kTileRows : a.column;
   V sums[kTileRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    __builtin_prefetch(from[0] + (k + 16) * a.column);  // of long strides each is another page
+    __builtin_prefetch(ahead + k * step);
     V x[kVectors];
     for (int j = 0; j < kVectors; ++j) {
       x[j] = load<kLanes>(b + k * b_row + j * kLanes);

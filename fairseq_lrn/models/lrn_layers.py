@@ -115,13 +115,15 @@ class EncoderAttention(nn.Module):
             context (T, N, C), and weights (heads, N, T, S) or None
         """
         query = self.q_proj(x) if torch.jit.is_scripting() else project(self.q_proj, x)
-        fused = not need_weights
+        active = self.dropout_module.training or self.dropout_module.apply_during_inference
+        dropout = self.dropout_module.p if active else 0.0
+        # On the CPU PyTorch's own, which has dropout, is slower in bfloat16.
+        fused = dropout == 0 or query.dtype != torch.bfloat16 or query.device.type != "cpu"
         if not torch.jit.is_scripting():
             fused = fused and is_plain(self.dropout_module, Dropout)
         weights: Optional[Tensor] = None
-        if fused:
-            active = self.dropout_module.training or self.dropout_module.apply_during_inference
-            y = attention(query, keys_values, padding_mask, self.dropout_module.p if active else 0.0)
+        if fused and not need_weights:
+            y = attention(query, keys_values, padding_mask, dropout)
         else:
             steps, rows, sentences = x.size(0), x.size(1), keys_values.size(1)
             # (T, N, C) to (B, heads, N / B * T, head_dim)

@@ -23,6 +23,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
     """
     if not torch.jit.is_scripting():
         fast = x.device.type == "cpu" and x.dtype in (torch.float32, torch.bfloat16)
+        fast = fast and x.layout == torch.strided and not x.is_nested
         if loaded and fast and 0 <= p < 1 - 2**-16 and eager():
             seed = torch.empty((), dtype=torch.int64, device="cpu").random_(-(2**63), None)
             return torch.ops.fairseq_lrn.dropout(x, p, int(seed))

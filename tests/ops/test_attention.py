@@ -86,6 +86,25 @@ def test_nothing_but_padding_gives_zeros(dtype, instruction_set):
     assert found[0][:, 0].all()
 
 
+def test_a_mask_may_lie_anywhere(instruction_set):
+    """And any byte that is not 0 is True; one row is of all sentences."""
+    query, keys_values = torch.randn(5, 2, 8), torch.randn(2, 2, 2, 7, 4)
+    mask = torch.zeros(2, 7, dtype=torch.bool)
+    mask[:, 4:] = True
+    expected = definition(query, keys_values, mask)
+    integers = torch.where(mask, 2, 0).to(torch.uint8)
+    columns = mask.t().contiguous().t()
+    for other in (mask, columns, mask[:1], mask[:1].expand(2, 7), integers, integers.view(torch.bool)):
+        torch.testing.assert_close(
+            attention(query, keys_values, other).double(), expected, rtol=1e-4, atol=1e-4
+        )
+
+
+def test_scores_that_are_all_infinite(instruction_set):
+    query, keys_values = torch.full((4, 1, 4), -1e38), torch.full((2, 1, 1, 2, 4), 4.0)
+    assert not attention(query, keys_values).any()
+
+
 def test_what_is_not_a_number_stays(instruction_set):
     """A NaN or an infinite score reaches the queries that read it, and no others; masked scores nobody."""
     keys_values, mask = torch.randn(2, 2, 1, 7, 4), torch.zeros(2, 7, dtype=torch.bool)
@@ -99,7 +118,7 @@ def test_what_is_not_a_number_stays(instruction_set):
 
 
 def test_large_scores(instruction_set):
-    query, keys_values = torch.full((1, 1, 4), 1e4), torch.randn(2, 1, 1, 9, 4)
+    query, keys_values = torch.full((4, 1, 4), 1e4), torch.randn(2, 1, 1, 9, 4)
     keys_values[0, 0, 0] = torch.arange(9.0)[:, None] * 1e3
     torch.testing.assert_close(attention(query, keys_values)[0, 0], keys_values[1, 0, 0, -1])
     torch.testing.assert_close(attention(-query, keys_values)[0, 0], keys_values[1, 0, 0, 0])
@@ -174,5 +193,8 @@ def test_nothing_to_read_or_ask(steps, positions):
 )
 def test_refuses(query, keys_values, mask, words):
     mask = None if mask is None else torch.zeros(mask, dtype=torch.bool)
+    arguments = torch.randn(query), torch.randn(keys_values), mask
     with pytest.raises(RuntimeError, match=words):
-        torch.ops.fairseq_lrn.attention(torch.randn(query), torch.randn(keys_values), mask)
+        torch.ops.fairseq_lrn.attention(*arguments)
+    with pytest.raises((RuntimeError, ValueError)):
+        attention(*arguments)

@@ -83,6 +83,28 @@ def test_what_is_not_a_number_stays(instruction_set):
     assert y.isnan().all()
 
 
+def test_strides_are_kept():
+    x = torch.randn(6, 4).t().requires_grad_()
+    y = dropout(x, 0.5)
+    assert y.stride() == x.stride() == torch.nn.functional.dropout(x, 0.5).stride()
+    y.sum().backward()
+    assert torch.equal(x.grad, (y != 0) * 2.0)
+
+
+def test_nested_tensors():
+    x = torch.nested.nested_tensor([torch.ones(3, 2), torch.ones(5, 2)], layout=torch.jagged)
+    assert dropout(x, 0.5).values().unique().tolist() == [0.0, 2.0]
+
+
+def test_forward_derivatives_of_a_gradient():
+    x, ones = torch.randn(50, requires_grad=True), torch.ones(50)
+    y = dropout(x, 0.5)
+    with torch.autograd.forward_ad.dual_level():
+        (grad,) = torch.autograd.grad(y, x, torch.autograd.forward_ad.make_dual(ones, ones))
+        parts = torch.autograd.forward_ad.unpack_dual(grad)
+    assert torch.equal(parts.primal, (y != 0) * 2.0) and torch.equal(parts.tangent, parts.primal)
+
+
 def test_second_derivatives():
     x = torch.randn(5, requires_grad=True)
     y = dropout(x, 0.5)
