@@ -39,13 +39,13 @@ def attention(
         )
     steps, rows = query.size(0), query.size(1)
     sentences, heads, head_dim = keys_values.size(1), keys_values.size(2), keys_values.size(4)
-    if padding_mask is not None:
-        padding_mask = padding_mask.to(torch.bool).expand(sentences, keys_values.size(3))
     if not torch.jit.is_scripting():
         fast = dropout == 0 and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
         fast = fast and keys_values.dtype == query.dtype and steps * (rows // sentences) >= 4
         fast = fast and (query.dtype == torch.bfloat16 or not torch._C._is_any_autocast_enabled())
         if loaded and fast and eager():
+            if padding_mask is not None:
+                padding_mask = padding_mask.to(torch.bool).expand(sentences, keys_values.size(3))
             return torch.ops.fairseq_lrn.attention(query, keys_values, padding_mask)
     # (T, N, C) to (B, heads, N / B * T, d)
     x = query.view(steps, sentences, rows // sentences, heads, head_dim).permute(1, 3, 2, 0, 4).flatten(2, 3)
