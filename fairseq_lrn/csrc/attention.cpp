@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <iterator>
 #include <limits>
 #include <utility>
 
@@ -57,7 +56,7 @@ struct Buffers {
       : width((size.dim + kAlign - 1) / kAlign * kAlign),
         length((size.positions + kAlign - 1) / kAlign * kAlign) {
     const int64_t queries = std::min(kBlock, size.steps * (size.rows / size.sentences));
-    const int64_t s = size.positions * width, d = size.dim * length;
+    const int64_t s = size.positions * width, d = size.dim * length, b = backward;
     const std::pair<float**, int64_t> parts[] = {{&query, queries * width},
                                                  {&result, queries * width},
                                                  {&scores, queries * length},
@@ -65,21 +64,20 @@ struct Buffers {
                                                  {&values, s},
                                                  {&keys_t, d},
                                                  {&kept, length},
-                                                 {&grad, queries * width},
-                                                 {&grad_scores, queries * length},
-                                                 {&grad_keys, s},
-                                                 {&grad_values, s},
-                                                 {&values_t, d}};
-    const auto* const end = backward ? std::end(parts) : parts + 7;
+                                                 {&grad, b * queries * width},
+                                                 {&grad_scores, b * queries * length},
+                                                 {&grad_keys, b * s},
+                                                 {&grad_values, b * s},
+                                                 {&values_t, b * d}};
     int64_t total = 0;
-    for (const auto* part = parts; part < end; ++part) {
-      total += part->second;
+    for (const auto& part : parts) {
+      total += part.second;
     }
     memory = at::getCPUAllocator()->allocate(total * static_cast<int64_t>(sizeof(float)));
     float* next = static_cast<float*>(memory.get());
     std::fill_n(next, total, 0.0f);
-    for (const auto* part = parts; part < end; ++part) {
-      *part->first = std::exchange(next, next + part->second);
+    for (const auto& part : parts) {
+      *part.first = std::exchange(next, next + part.second);
     }
   }
 };
@@ -225,11 +223,6 @@ void check(const Tensor& query, const Tensor& keys_values, const OptionalTensor&
   }
 }
 
-void check_grad(const Tensor& grad_output, const Tensor& query) {
-  lrn::check_like("attention_backward: grad_output", grad_output, query, query.scalar_type());
-  lrn::check_shape("attention_backward: grad_output", grad_output, query.sym_sizes());
-}
-
 template <bool kBackward>
 void run(const Tensor& query, const Tensor& keys_values, const OptionalTensor& padding_mask,
          const Tensor& grad_output, const Tensor& output, const Tensor& grad_keys_values) {
@@ -280,7 +273,8 @@ std::tuple<Tensor, Tensor> attention_backward_meta(const Tensor& grad_output, co
                                                    const Tensor& keys_values,
                                                    const OptionalTensor& padding_mask) {
   check(query, keys_values, padding_mask);
-  check_grad(grad_output, query);
+  lrn::check_like("attention_backward: grad_output", grad_output, query, query.scalar_type());
+  lrn::check_shape("attention_backward: grad_output", grad_output, query.sym_sizes());
   return {at::empty_like(query, at::MemoryFormat::Contiguous),
           at::empty_like(keys_values, at::MemoryFormat::Contiguous)};
 }
@@ -293,18 +287,13 @@ std::tuple<Tensor, Tensor> attention_backward_cpu(const Tensor& grad_output, con
   return grads;
 }
 
-template <typename F>
-auto op(const char* name) {
-  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
-}
-
 using torch::autograd::AutogradContext;
 using torch::autograd::variable_list;
 
 struct Attention : torch::autograd::Function<Attention> {
   static Tensor forward(AutogradContext* context, const Tensor& query, const Tensor& keys_values,
                         const OptionalTensor& padding_mask) {
-    static const auto attention = op<decltype(attention_cpu)>("fairseq_lrn::attention");
+    static const auto attention = lrn::op<decltype(attention_cpu)>("fairseq_lrn::attention");
     at::AutoDispatchBelowADInplaceOrView guard;
     context->save_for_backward({query, keys_values, padding_mask.value_or(Tensor())});
     return attention.call(query, keys_values, padding_mask);
@@ -312,7 +301,7 @@ struct Attention : torch::autograd::Function<Attention> {
 
   static variable_list backward(AutogradContext* context, const variable_list& grads) {
     static const auto backward =
-        op<decltype(attention_backward_cpu)>("fairseq_lrn::attention_backward");
+        lrn::op<decltype(attention_backward_cpu)>("fairseq_lrn::attention_backward");
     const auto saved = context->get_saved_variables();
     const auto [query, keys_values] = backward.call(
         grads[0], saved[0], saved[1], saved[2].defined() ? OptionalTensor(saved[2]) : std::nullopt);

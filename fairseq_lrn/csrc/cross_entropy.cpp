@@ -152,9 +152,7 @@ std::tuple<Tensor, Tensor> cross_entropy_autograd(Tensor& scores, const Tensor& 
                                                   double smoothing) {
   TORCH_CHECK(!(at::GradMode::is_enabled() && scores.requires_grad()),
               "cross_entropy_: scores must not require a gradient, which takes their place");
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fairseq_lrn::cross_entropy_", "")
-                             .typed<decltype(cross_entropy_autograd)>();
+  static const auto op = lrn::op<decltype(cross_entropy_autograd)>("fairseq_lrn::cross_entropy_");
   const at::AutoDispatchBelowADInplaceOrView guard;
   auto result = op.call(scores, target, smoothing);
   if (!scores.is_inference()) {

@@ -93,9 +93,9 @@ Tensor dropout_meta(const Tensor& input, double p, int64_t) {
 }
 
 Tensor dropout_cpu(const Tensor& input, double p, int64_t seed) {
-  check(input, p);
+  const Tensor output = dropout_meta(input, p, seed);
   const Tensor x = input.contiguous();
-  const Tensor y = at::empty_like(x, at::MemoryFormat::Contiguous);
+  const Tensor y = output.is_contiguous() ? output : at::empty_like(x);
   const uint32_t drop = std::min<uint32_t>(65535, std::lround(p * 65536));
   const float scale = 65536.0f / (65536.0f - drop);
   const auto drop_from = [&](auto element) {
@@ -110,14 +110,11 @@ Tensor dropout_cpu(const Tensor& input, double p, int64_t seed) {
                      [&](int64_t begin, int64_t end) { LRN_PICK(drop, <T>)(a, begin, end); });
   };
   x.scalar_type() == at::kFloat ? drop_from(float{}) : drop_from(at::BFloat16{});
-  const Tensor found = dropout_meta(input, p, seed);
-  return found.strides() == y.strides() ? y : found.copy_(y);
+  return y.is_same(output) ? output : output.copy_(y);
 }
 
 Tensor call(const Tensor& input, double p, int64_t seed) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fairseq_lrn::dropout", "")
-                             .typed<decltype(dropout_cpu)>();
+  static const auto op = lrn::op<decltype(dropout_cpu)>("fairseq_lrn::dropout");
   return op.call(input, p, seed);
 }
 

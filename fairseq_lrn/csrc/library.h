@@ -27,6 +27,13 @@ class Registration {
   std::optional<torch::Library> library_;
 };
 
+// The operator of a name, as "fairseq_lrn::linear", to be called through the dispatcher; F is the
+// type of its kernels.
+template <typename F>
+auto op(const char* name) {
+  return c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<F>();
+}
+
 }  // namespace lrn
 
 #define LRN_REGISTER(kind, key, m, id)                                                \

@@ -148,14 +148,14 @@ LRN_INLINE void transpose(V (&x)[16]) {
 // Copies `columns` rows of b as columns of whole vectors, with zeros beyond the last.
 LRN_INLINE void pack(const lrn::Strided& b, int64_t columns, int64_t depth, float* to) {
   const int64_t width = (columns + 15) / 16 * 16;
-  for (int64_t k = 0; k < depth && b.row == 1 && columns == width; ++k) {
-    const float* const from = b.data + k * b.column;
-    for (int64_t j = 0; j < width; j += 16) {
-      __builtin_prefetch(from + 16 * b.column + j);
-      std::memcpy(to + k * width + j, from + j, sizeof(V));
-    }
-  }
   if (b.row == 1 && columns == width) {
+    for (int64_t k = 0; k < depth; ++k) {
+      const float* const from = b.data + k * b.column;
+      for (int64_t j = 0; j < width; j += 16) {
+        __builtin_prefetch(from + 16 * b.column + j);
+        std::memcpy(to + k * width + j, from + j, sizeof(V));
+      }
+    }
     return;
   }
   for (int64_t j = 0; j < width; j += 16) {
@@ -345,9 +345,7 @@ Tensor linear_meta(const Tensor& input, const Tensor& weight, const OptionalTens
 }
 
 Tensor call(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fairseq_lrn::linear", "")
-                             .typed<decltype(lrn::linear)>();
+  static const auto op = lrn::op<decltype(lrn::linear)>("fairseq_lrn::linear");
   return op.call(input, weight, bias);
 }
 

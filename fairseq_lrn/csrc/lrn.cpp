@@ -27,9 +27,7 @@ bool lrn::is_first_copy() {
 Tensor lrn::scan(const Tensor& projections, const OptionalTensor& initial_state,
                  const OptionalTensor& padding_mask, const std::string& activation,
                  bool output_gate, bool reverse, bool bidirectional) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fairseq_lrn::lrn_scan", "")
-                             .typed<decltype(lrn::scan)>();
+  static const auto op = lrn::op<decltype(lrn::scan)>("fairseq_lrn::lrn_scan");
   return op.call(projections, initial_state, padding_mask, activation, output_gate, reverse,
                  bidirectional);
 }
@@ -45,9 +43,7 @@ std::tuple<Tensor, Tensor> scan_backward(const Tensor& grad_output, const Tensor
                                          const OptionalTensor& padding_mask,
                                          const std::string& activation, bool output_gate,
                                          bool reverse, bool bidirectional) {
-  static const auto op = c10::Dispatcher::singleton()
-                             .findSchemaOrThrow("fairseq_lrn::lrn_scan_backward", "")
-                             .typed<decltype(scan_backward)>();
+  static const auto op = lrn::op<decltype(scan_backward)>("fairseq_lrn::lrn_scan_backward");
   return op.call(grad_output, projections, output, initial_state, padding_mask, activation,
                  output_gate, reverse, bidirectional);
 }

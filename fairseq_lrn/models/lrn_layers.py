@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..modules import build_recurrent
 from ..modules.linear import is_plain, project
-from ..ops import attention
+from ..ops.attention import attention, by_head, by_step
 from .base import Dropout
 
 
@@ -125,17 +125,14 @@ class EncoderAttention(nn.Module):
         if fused and not need_weights:
             y = attention(query, keys_values, padding_mask, dropout)
         else:
-            steps, rows, sentences = x.size(0), x.size(1), keys_values.size(1)
-            # (T, N, C) to (B, heads, N / B * T, head_dim)
-            query = query.view(steps, sentences, rows // sentences, -1, self.head_dim)
-            query = query.permute(1, 3, 2, 0, 4).flatten(2, 3)
-            scores = torch.matmul(query * self.head_dim**-0.5, keys_values[0].transpose(2, 3))
+            scores = torch.matmul(
+                by_head(query, keys_values) * self.head_dim**-0.5, keys_values[0].transpose(2, 3)
+            )
             if padding_mask is not None:
                 scores = scores.masked_fill(padding_mask[:, None, None], float("-inf"))
             weights = scores.softmax(3)
-            y = torch.matmul(self.dropout_module(weights), keys_values[1])
-            weights = weights.unflatten(2, (-1, steps)).transpose(1, 2).flatten(0, 1).transpose(0, 1)
-            y = y.unflatten(2, (-1, steps)).permute(3, 0, 2, 1, 4).reshape(x.shape)
+            y = by_step(torch.matmul(self.dropout_module(weights), keys_values[1]), x)
+            weights = weights.unflatten(2, (-1, x.size(0))).transpose(1, 2).flatten(0, 1).transpose(0, 1)
         y = self.out_proj(y) if torch.jit.is_scripting() else project(self.out_proj, y)
         return y, weights if need_weights else None
 

@@ -11,8 +11,7 @@ from torch.fx import Proxy
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from ..ops import linear, lrn_scan
-from ..ops.dropout import dropout
+from ..ops import dropout, linear, lrn_scan
 from .inputs import check_like, zero_padding
 
 

@@ -9,6 +9,19 @@ from torch.nn import functional as F
 from ._library import eager, loaded
 
 
+def by_head(query: Tensor, keys_values: Tensor) -> Tensor:
+    """Return the query (T, N, C) of :func:`attention` as (B, heads, N / B · T, d)."""
+    sentences, heads, head_dim = keys_values.size(1), keys_values.size(2), keys_values.size(4)
+    x = query.view(query.size(0), sentences, query.size(1) // sentences, heads, head_dim)
+    return x.permute(1, 3, 2, 0, 4).flatten(2, 3)
+
+
+def by_step(y: Tensor, query: Tensor) -> Tensor:
+    """Return y (B, heads, N / B · T, d) in the shape of the query, (T, N, C)."""
+    y = y.unflatten(2, (query.size(1) // y.size(0), query.size(0)))
+    return y.permute(3, 0, 2, 1, 4).reshape(query.shape)
+
+
 def attention(
     query: Tensor, keys_values: Tensor, padding_mask: Optional[Tensor] = None, dropout: float = 0.0
 ) -> Tensor:
@@ -37,18 +50,17 @@ def attention(
             "query must be (T, N, C) and keys_values (2, B, heads, S, d), with B > 0, got "
             f"{list(query.shape)} and {list(keys_values.shape)}"
         )
-    steps, rows = query.size(0), query.size(1)
-    sentences, heads, head_dim = keys_values.size(1), keys_values.size(2), keys_values.size(4)
+    sentences = keys_values.size(1)
     if not torch.jit.is_scripting():
         fast = dropout == 0 and query.device.type == "cpu" and query.dtype in (torch.float32, torch.bfloat16)
-        fast = fast and keys_values.dtype == query.dtype and steps * (rows // sentences) >= 4
+        fast = fast and keys_values.dtype == query.dtype and query.size(0) * (query.size(1) // sentences) >= 4
         fast = fast and (query.dtype == torch.bfloat16 or not torch._C._is_any_autocast_enabled())
         if loaded and fast and eager():
             if padding_mask is not None:
                 padding_mask = padding_mask.to(torch.bool).expand(sentences, keys_values.size(3))
             return torch.ops.fairseq_lrn.attention(query, keys_values, padding_mask)
-    # (T, N, C) to (B, heads, N / B * T, d)
-    x = query.view(steps, sentences, rows // sentences, heads, head_dim).permute(1, 3, 2, 0, 4).flatten(2, 3)
     mask = None if padding_mask is None else padding_mask.logical_not()[:, None, None]
-    y = F.scaled_dot_product_attention(x, keys_values[0], keys_values[1], mask, dropout)
-    return y.unflatten(2, (rows // sentences, steps)).permute(3, 0, 2, 1, 4).reshape(query.shape)
+    y = F.scaled_dot_product_attention(
+        by_head(query, keys_values), keys_values[0], keys_values[1], mask, dropout
+    )
+    return by_step(y, query)
