@@ -1,6 +1,6 @@
-// A linear layer that knows two shortcuts with AVX-512: for few rows it takes as long as reading
-// the weights once, up to half as long as the BLAS; for more, on other processors than Intel's, it
-// copies the second matrix block by block and reads the first where it lies.
+// A linear layer that knows two shortcuts. For few rows, with AVX-512, it takes as long as reading
+// the weights once, up to half as long as the BLAS. For more, with AVX2 too, on other processors
+// than Intel's, it copies the second matrix block by block.
 #include <ATen/Context.h>
 #include <ATen/Parallel.h>
 #include <ATen/core/dispatch/Dispatcher.h>
@@ -13,12 +13,11 @@
 #include "isa.h"
 #include "library.h"
 #include "lrn.h"
+#include "product.h"
 
 #if defined(LRN_AVX512)
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // GCC 12 warns of its own header
 #include <immintrin.h>
-
-#include "product.h"
 #endif
 
 namespace {
@@ -110,17 +109,17 @@ Tensor few_rows(const Tensor& input, const Tensor& weight, const OptionalTensor&
   return y;
 }
 
-// MKL, PyTorch's BLAS, keeps its code for AVX-512 to Intel's processors.
-bool is_intel() {
-  static const bool intel = __builtin_cpu_is("intel");
-  return intel;
-}
+#endif
 
-constexpr int64_t kPanel = 64;            // columns of a tile: four vectors
-constexpr int64_t kColumns = 4 * kPanel;  // of a block of the second matrix,
-constexpr int64_t kDepth = 512;           // which stays in the second cache with as many rows
-typedef lrn::Floats<16> V;
-typedef lrn::Ints<16> Lanes;
+constexpr int64_t kDepth = 512;    // of a block of the second matrix, which stays in the second
+constexpr int64_t kColumns = 256;  // cache with as many rows of the first
+constexpr int64_t kUnit = 64;      // columns that no two threads share
+
+// A tile has as many vectors in a row as there are registers for.
+template <int kLanes>
+constexpr int kVectors = kLanes == 16 ? 4 : 2;
+template <int kLanes>
+constexpr int64_t kPanel = kVectors<kLanes> * kLanes;
 
 struct Matrices {
   lrn::Strided a, b;  // (rows, depth), (columns, depth)
@@ -130,53 +129,53 @@ struct Matrices {
   int64_t rows, columns, depth;
 };
 
-// Transposes in four steps, each of which interleaves the first half of the rows with the second.
-LRN_INLINE void transpose(V (&x)[16]) {
-  const Lanes low{0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23}, high = low + 8;
-  for (int step = 0; step < 4; ++step) {
-    V y[16];
-    for (int i = 0; i < 8; ++i) {
-      y[2 * i] = (V)_mm512_permutex2var_ps((__m512)x[i], (__m512i)low, (__m512)x[i + 8]);
-      y[2 * i + 1] = (V)_mm512_permutex2var_ps((__m512)x[i], (__m512i)high, (__m512)x[i + 8]);
+// Transposes in steps, each of which interleaves the first half of the rows with the second.
+template <int kLanes>
+LRN_HD void transpose(lrn::Floats<kLanes> (&x)[kLanes]) {
+  for (int step = 1; step < kLanes; step *= 2) {
+    lrn::Floats<kLanes> y[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) {
+      lrn::interleave<kLanes>(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
     }
-    for (int i = 0; i < 16; ++i) {
+    for (int i = 0; i < kLanes; ++i) {
       x[i] = y[i];
     }
   }
 }
 
 // Copies `columns` rows of b as columns of whole vectors, with zeros beyond the last.
-LRN_INLINE void pack(const lrn::Strided& b, int64_t columns, int64_t depth, float* to) {
-  const int64_t width = (columns + 15) / 16 * 16;
+template <int kLanes>
+LRN_HD void pack(const lrn::Strided& b, int64_t columns, int64_t depth, float* to) {
+  typedef lrn::Floats<kLanes> V;
+  const int64_t width = (columns + kLanes - 1) / kLanes * kLanes;
   if (b.row == 1 && columns == width) {
     for (int64_t k = 0; k < depth; ++k) {
       const float* const from = b.data + k * b.column;
-      for (int64_t j = 0; j < width; j += 16) {
+      for (int64_t j = 0; j < width; j += kLanes) {
         __builtin_prefetch(from + 16 * b.column + j);
         std::memcpy(to + k * width + j, from + j, sizeof(V));
       }
     }
     return;
   }
-  for (int64_t j = 0; j < width; j += 16) {
-    const int64_t count = std::min<int64_t>(16, columns - j);
-    for (int64_t k = 0; k < depth; k += 16) {
-      const int64_t end = std::min(k + 16, depth);
+  for (int64_t j = 0; j < width; j += kLanes) {
+    const int64_t count = std::min<int64_t>(kLanes, columns - j);
+    for (int64_t k = 0; k < depth; k += kLanes) {
+      const int64_t end = std::min(k + kLanes, depth);
       const float* from = b.data + j * b.row + k * b.column;
       float* const start = to + k * width + j;
-      if (b.column == 1 && count == 16 && end == k + 16) {
-        V x[16];
-        for (int64_t i = 0; i < 16; ++i) {
-          x[i] = lrn::load<16>(from + i * b.row);
+      if (b.column == 1 && count == kLanes && end == k + kLanes) {
+        V x[kLanes];
+        for (int64_t i = 0; i < kLanes; ++i) {
+          x[i] = lrn::load<kLanes>(from + i * b.row);
         }
-        transpose(x);
-        for (int64_t i = 0; i < 16; ++i) {
-          const V row = x[i];
-          lrn::store(start + i * width, row);
+        transpose<kLanes>(x);
+        for (int64_t i = 0; i < kLanes; ++i) {
+          lrn::store(start + i * width, x[i]);
         }
       } else {
         for (int64_t i = 0; i < end - k; ++i) {
-          for (int64_t lane = 0; lane < 16; ++lane) {
+          for (int64_t lane = 0; lane < kLanes; ++lane) {
             start[i * width + lane] = lane < count ? from[lane * b.row + i * b.column] : 0;
           }
         }
@@ -185,65 +184,82 @@ LRN_INLINE void pack(const lrn::Strided& b, int64_t columns, int64_t depth, floa
   }
 }
 
-// A tile of up to kPanel columns. Where these are no whole vectors, its result is made aside.
-template <int kVectors>
-__attribute__((noinline, target(LRN_AVX512))) void tile(const Matrices& m, int64_t row,
-                                                        int64_t column, int64_t first,
-                                                        int64_t depth, const float* packed,
-                                                        const float* bias) {
-  const int64_t rows = std::min(lrn::kTileRows, m.rows - row);
-  const int64_t columns = std::min(kPanel, m.columns - column);
-  const lrn::Strided a{m.a.data + row * m.a.row + first * m.a.column, m.a.row, m.a.column};
-  float* const c = m.c + row * m.c_row + column;
-  float aside[lrn::kTileRows * kPanel];
-  const bool whole = columns == kVectors * 16;
-  float* const to = whole ? c : aside;
-  const int64_t to_row = whole ? m.c_row : kPanel;
-  for (int64_t i = 0; i < rows && first > 0 && !whole; ++i) {
-    std::memcpy(aside + i * kPanel, c + i * m.c_row, columns * sizeof(float));
-  }
-  lrn::multiply_tile<16, kVectors>(a, packed, kVectors * 16, to, to_row, rows, depth,
-                                   first > 0 ? to : bias, first > 0 ? to_row : 0);
-  for (int64_t i = 0; i < rows && !whole; ++i) {
-    std::memcpy(c + i * m.c_row, aside + i * kPanel, columns * sizeof(float));
+// Copies rows, each of which is apart in memory, next to each other: all tiles of a block read
+// them.
+LRN_HD void copy_rows(const lrn::Strided& a, int64_t rows, int64_t depth, float* to) {
+  for (int64_t k = 0; k < depth; ++k) {
+    const float* const from = a.data + k * a.column;
+    __builtin_prefetch(from + 16 * a.column);
+    if (a.row == 1 && rows == lrn::kTileRows) {
+      std::memcpy(to + k * lrn::kTileRows, from, lrn::kTileRows * sizeof(float));
+    } else {
+      for (int64_t i = 0; i < rows; ++i) {
+        to[k * lrn::kTileRows + i] = from[i * a.row];
+      }
+    }
   }
 }
 
-__attribute__((target(LRN_AVX512))) void multiply_blocks(const Matrices& m, float* packed) {
+// A tile of `columns` columns, kCount vectors or fewer. Where these are no whole vectors, its
+// result is made aside.
+template <int kLanes, int kCount = kVectors<kLanes>>
+LRN_HD void tile(const lrn::Strided& a, const float* b, float* c, int64_t c_row, int64_t rows,
+                 int64_t columns, int64_t depth, bool add, const float* bias) {
+  if constexpr (kCount > 1) {
+    if (columns <= (kCount - 1) * kLanes) {
+      return tile<kLanes, kCount - 1>(a, b, c, c_row, rows, columns, depth, add, bias);
+    }
+  }
+  float aside[lrn::kTileRows * kPanel<kLanes>];
+  const bool whole = columns == kCount * kLanes;
+  float* const to = whole ? c : aside;
+  const int64_t to_row = whole ? c_row : kPanel<kLanes>;
+  for (int64_t i = 0; i < rows && add && !whole; ++i) {
+    std::memcpy(aside + i * to_row, c + i * c_row, columns * sizeof(float));
+  }
+  lrn::multiply_tile<kLanes, kCount>(a, b, kCount * kLanes, to, to_row, rows, depth,
+                                     add ? to : bias, add ? to_row : 0);
+  for (int64_t i = 0; i < rows && !whole; ++i) {
+    std::memcpy(c + i * c_row, aside + i * to_row, columns * sizeof(float));
+  }
+}
+
+template <int kLanes>
+LRN_HD void multiply_blocks(const Matrices& m, float* packed) {
   const int64_t parts = (m.depth + kDepth - 1) / kDepth, most = (m.depth + parts - 1) / parts;
   for (int64_t block = 0; block < m.columns; block += kColumns) {
     const int64_t end = std::min(block + kColumns, m.columns);
-    float bias[kColumns] = {};
+    float bias[kColumns] = {}, copied[lrn::kTileRows * kDepth];
     if (m.bias != nullptr) {
       std::memcpy(bias, m.bias + block, (end - block) * sizeof(float));
     }
     for (int64_t first = 0; first < m.depth; first += most) {
       const int64_t depth = std::min(most, m.depth - first);
-      for (int64_t j = block; j < end; j += kPanel) {
+      for (int64_t j = block; j < end; j += kPanel<kLanes>) {
         const lrn::Strided b{m.b.data + j * m.b.row + first * m.b.column, m.b.row, m.b.column};
-        pack(b, std::min(kPanel, end - j), depth, packed + (j - block) * depth);
+        pack<kLanes>(b, std::min(kPanel<kLanes>, end - j), depth, packed + (j - block) * depth);
       }
       for (int64_t i = 0; i < m.rows; i += lrn::kTileRows) {
-        for (int64_t j = block; j < end; j += kPanel) {
-          const float* const panel = packed + (j - block) * depth;
-          switch ((std::min(kPanel, end - j) + 15) / 16) {
-            case 1:
-              tile<1>(m, i, j, first, depth, panel, bias + j - block);
-              break;
-            case 2:
-              tile<2>(m, i, j, first, depth, panel, bias + j - block);
-              break;
-            case 3:
-              tile<3>(m, i, j, first, depth, panel, bias + j - block);
-              break;
-            default:
-              tile<4>(m, i, j, first, depth, panel, bias + j - block);
-          }
+        const int64_t rows = std::min(lrn::kTileRows, m.rows - i);
+        lrn::Strided a{m.a.data + i * m.a.row + first * m.a.column, m.a.row, m.a.column};
+        if (a.column != 1 && kLanes < 16) {  // narrow tiles would read it too often
+          copy_rows(a, rows, depth, copied);
+          a = {copied, 1, lrn::kTileRows};
+        }
+        for (int64_t j = block; j < end; j += kPanel<kLanes>) {
+          tile<kLanes>(a, packed + (j - block) * depth, m.c + i * m.c_row + j, m.c_row, rows,
+                       std::min(kPanel<kLanes>, end - j), depth, first > 0, bias + j - block);
         }
       }
     }
   }
 }
+
+#define MULTIPLY(suffix, attribute)                                           \
+  attribute void multiply_blocks_##suffix(const Matrices& m, float* packed) { \
+    multiply_blocks<lrn::kLanes_##suffix>(m, packed);                         \
+  }
+LRN_EACH_ISA(MULTIPLY)
 
 // Threads share the longer side of the result.
 Tensor many_rows(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
@@ -258,7 +274,7 @@ Tensor many_rows(const Tensor& input, const Tensor& weight, const OptionalTensor
                      y.size(1),
                      input.size(1)};
   const bool by_row = all.rows >= all.columns;
-  const int64_t unit = by_row ? lrn::kTileRows : kPanel;
+  const int64_t unit = by_row ? lrn::kTileRows : kUnit;
   const int64_t size = by_row ? all.rows : all.columns, other = by_row ? all.columns : all.rows;
   const auto multiply = [&](int64_t begin, int64_t end) {
     Matrices part = all;
@@ -276,13 +292,22 @@ Tensor many_rows(const Tensor& input, const Tensor& weight, const OptionalTensor
     const int64_t columns = std::min(kColumns, (part.columns + 15) / 16 * 16);
     const auto packed = at::getCPUAllocator()->allocate(columns * std::min(kDepth, all.depth) *
                                                         static_cast<int64_t>(sizeof(float)));
-    multiply_blocks(part, static_cast<float*>(packed.get()));
+    LRN_PICK(multiply_blocks, )(part, static_cast<float*>(packed.get()));
   };
   at::parallel_for(0, (size + unit - 1) / unit, 1 + kGrain / (unit * other * all.depth), multiply);
   return y;
 }
 
+// MKL, PyTorch's BLAS, is made for Intel's processors; on others it is as fast for few rows.
+bool mkl_is_slower(int64_t rows) {
+#if defined(LRN_AVX512)
+  static const bool intel = __builtin_cpu_is("intel");
+  const int64_t most = lrn::isa() >= lrn::Isa::kAvx512 ? kFewRows : 8 * kFewRows;
+  return !intel && lrn::isa() >= lrn::Isa::kAvx2 && rows > most;
+#else
+  return false;
 #endif
+}
 
 void check(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   TORCH_CHECK(input.dim() >= 2, "linear: input must have 2 axes or more, but has ", input.dim());
@@ -312,18 +337,17 @@ Tensor flat(const Tensor& x) {
 }
 
 Tensor product(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
-#if defined(LRN_AVX512)
   const int64_t rows = input.size(0);
-  if (lrn::isa() >= lrn::Isa::kAvx512 && input.scalar_type() == at::kFloat && rows > 0 &&
-      weight.numel() > 0) {
-    if (rows <= kFewRows) {
+  if (input.scalar_type() == at::kFloat && rows > 0 && weight.numel() > 0) {
+#if defined(LRN_AVX512)
+    if (rows <= kFewRows && lrn::isa() >= lrn::Isa::kAvx512) {
       return few_rows(input, weight, bias, rows);
     }
-    if (!is_intel() && weight.size(0) >= 16 && rows * weight.numel() >= kSmallest) {
+#endif
+    if (weight.size(0) >= 16 && rows * weight.numel() >= kSmallest && mkl_is_slower(rows)) {
       return many_rows(input, weight, bias);
     }
   }
-#endif
   return at::linear(input, weight, bias);
 }
 

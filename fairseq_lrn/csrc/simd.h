@@ -6,6 +6,7 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "isa.h"
 #include "lrn_cell.h"
@@ -79,6 +80,27 @@ LRN_HD auto maximum(const V& v) {
     std::memcpy(halves, &v, sizeof(v));
     return maximum<kLanes / 2>(max(halves[0], halves[1]));
   }
+}
+
+// Picks lanes, numbered through a and then b.
+#if defined(__clang__)
+#define LRN_SHUFFLE(kLanes, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define LRN_SHUFFLE(kLanes, a, b, ...) __builtin_shuffle(a, b, Ints<kLanes>{__VA_ARGS__})
+#endif
+
+template <int kLanes, int... kLane>
+LRN_HD void interleave(const Floats<kLanes>& a, const Floats<kLanes>& b, Floats<kLanes>& low,
+                       Floats<kLanes>& high, std::integer_sequence<int, kLane...>) {
+  low = LRN_SHUFFLE(kLanes, a, b, (kLane / 2 + kLane % 2 * kLanes)...);
+  high = LRN_SHUFFLE(kLanes, a, b, (kLanes / 2 + kLane / 2 + kLane % 2 * kLanes)...);
+}
+
+// a0 b0 a1 b1 and so on: the first lanes go to low, the others to high.
+template <int kLanes>
+LRN_HD void interleave(const Floats<kLanes>& a, const Floats<kLanes>& b, Floats<kLanes>& low,
+                       Floats<kLanes>& high) {
+  interleave<kLanes>(a, b, low, high, std::make_integer_sequence<int, kLanes>{});
 }
 
 // Writes the lowest byte of each lane.

@@ -10,11 +10,11 @@ from ._library import eager, loaded
 
 
 def linear(input: Tensor, weight: Tensor, bias: Optional[Tensor] = None) -> Tensor:
-    """``F.linear``; in float32 on AVX-512 processors it is faster than MKL, PyTorch's choice.
+    """``F.linear``; in float32 it is faster than MKL, PyTorch's choice, on many processors.
 
-    Up to 8 rows use one loop of this package, and more rows another, except on Intel's processors, where MKL
-    is fast. TorchScript, traced or scripted, ``torch.compile``, autocast and layouts other than strided use
-    ``F.linear``.
+    With AVX-512, up to 8 rows use one loop of this package. More rows use another, with AVX2 from 65 rows on,
+    but not on Intel's processors, where MKL is fast. TorchScript, traced or scripted, ``torch.compile``,
+    autocast and layouts other than strided use ``F.linear``.
 
     Args:
         input: (..., in), any strides

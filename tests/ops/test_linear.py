@@ -58,9 +58,9 @@ def test_equals_the_definition(instruction_set, data):
         torch.testing.assert_close(found.double(), wanted, rtol=1e-5, atol=1e-4)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_large_products(data):
+def test_large_products(instruction_set, data):
     """More than one block of 512 by 256, in whole vectors and not, on one thread and two."""
     rows, columns, outputs = (data.draw(st.sampled_from([5, 40, 256, 600, 1027])) for _ in range(3))
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 9)))
