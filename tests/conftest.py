@@ -146,6 +146,13 @@ def data(run, corpus, tmp_path_factory):
     return folder
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Let a test set the number of PyTorch's threads for itself alone."""
+    yield
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(params=["default", "avx2", "avx512"])
 def instruction_set(request):
     """Run a test with each compiled version of the CPU kernels that this machine has."""

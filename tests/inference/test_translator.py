@@ -127,22 +127,18 @@ def test_exact_whatever_the_batch(instruction_set, compute_type, threads):
     native = make(build(words=700, encoder_embed_dim=48, decoder_embed_dim=40, seed=2), compute_type)
     lengths = [1 + i * 7 % 40 for i in range(23)]
     source = source_of(lengths, 700)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        counts, sizes, scores, words, log_probs, _ = search(native, source)
-        rows = list(zip(scores.split(counts.tolist()), *split_rows(counts, sizes, words, log_probs)))
-        order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
-        moved = search(native, source[order])
-        for i, row in zip(
-            order.tolist(), zip(moved[2].split(moved[0].tolist()), *split_rows(*moved[:2], *moved[3:5]))
-        ):
-            assert all(map(torch.equal, row, rows[i]))
-        for i in range(0, 23, 3):
-            alone = search(native, source[i : i + 1, 40 - lengths[i] :])
-            assert all(map(torch.equal, (alone[2], alone[3], alone[4]), rows[i]))
-    finally:
-        torch.set_num_threads(before)
+    counts, sizes, scores, words, log_probs, _ = search(native, source)
+    rows = list(zip(scores.split(counts.tolist()), *split_rows(counts, sizes, words, log_probs)))
+    order = torch.randperm(23, generator=torch.Generator().manual_seed(0))
+    moved = search(native, source[order])
+    for i, row in zip(
+        order.tolist(), zip(moved[2].split(moved[0].tolist()), *split_rows(*moved[:2], *moved[3:5]))
+    ):
+        assert all(map(torch.equal, row, rows[i]))
+    for i in range(0, 23, 3):
+        alone = search(native, source[i : i + 1, 40 - lengths[i] :])
+        assert all(map(torch.equal, (alone[2], alone[3], alone[4]), rows[i]))
 
 
 def split_rows(counts, sizes, *values):
