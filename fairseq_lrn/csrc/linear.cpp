@@ -111,153 +111,11 @@ Tensor few_rows(const Tensor& input, const Tensor& weight, const OptionalTensor&
 
 #endif
 
-constexpr int64_t kDepth = 512;    // of a block of the second matrix, which stays in the second
-constexpr int64_t kColumns = 256;  // cache with as many rows of the first
-constexpr int64_t kUnit = 64;      // columns that no two threads share
+constexpr int64_t kUnit = 64;  // columns that no two threads share
 
-// A tile has as many vectors in a row as there are registers for.
-template <int kLanes>
-constexpr int kVectors = kLanes == 16 ? 4 : 2;
-template <int kLanes>
-constexpr int64_t kPanel = kVectors<kLanes> * kLanes;
-
-struct Matrices {
-  lrn::Strided a, b;  // (rows, depth), (columns, depth)
-  const float* bias;  // may be null
-  float* c;           // (rows, columns)
-  int64_t c_row;      // from one of its rows to the next
-  int64_t rows, columns, depth;
-};
-
-// Transposes in steps, each of which interleaves the first half of the rows with the second.
-template <int kLanes>
-LRN_HD void transpose(lrn::Floats<kLanes> (&x)[kLanes]) {
-  for (int step = 1; step < kLanes; step *= 2) {
-    lrn::Floats<kLanes> y[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) {
-      lrn::interleave<kLanes>(x[i], x[i + kLanes / 2], y[2 * i], y[2 * i + 1]);
-    }
-    for (int i = 0; i < kLanes; ++i) {
-      x[i] = y[i];
-    }
-  }
-}
-
-// Copies `columns` rows of b as columns of whole vectors, with zeros beyond the last.
-template <int kLanes>
-LRN_HD void pack(const lrn::Strided& b, int64_t columns, int64_t depth, float* to) {
-  typedef lrn::Floats<kLanes> V;
-  const int64_t width = (columns + kLanes - 1) / kLanes * kLanes;
-  if (b.row == 1 && columns == width) {
-    for (int64_t k = 0; k < depth; ++k) {
-      const float* const from = b.data + k * b.column;
-      for (int64_t j = 0; j < width; j += kLanes) {
-        __builtin_prefetch(from + 16 * b.column + j);
-        std::memcpy(to + k * width + j, from + j, sizeof(V));
-      }
-    }
-    return;
-  }
-  for (int64_t j = 0; j < width; j += kLanes) {
-    const int64_t count = std::min<int64_t>(kLanes, columns - j);
-    for (int64_t k = 0; k < depth; k += kLanes) {
-      const int64_t end = std::min(k + kLanes, depth);
-      const float* from = b.data + j * b.row + k * b.column;
-      float* const start = to + k * width + j;
-      if (b.column == 1 && count == kLanes && end == k + kLanes) {
-        V x[kLanes];
-        for (int64_t i = 0; i < kLanes; ++i) {
-          x[i] = lrn::load<kLanes>(from + i * b.row);
-        }
-        transpose<kLanes>(x);
-        for (int64_t i = 0; i < kLanes; ++i) {
-          lrn::store(start + i * width, x[i]);
-        }
-      } else {
-        for (int64_t i = 0; i < end - k; ++i) {
-          for (int64_t lane = 0; lane < kLanes; ++lane) {
-            start[i * width + lane] = lane < count ? from[lane * b.row + i * b.column] : 0;
-          }
-        }
-      }
-    }
-  }
-}
-
-// Copies rows, each of which is apart in memory, next to each other: all tiles of a block read
-// them.
-LRN_HD void copy_rows(const lrn::Strided& a, int64_t rows, int64_t depth, float* to) {
-  for (int64_t k = 0; k < depth; ++k) {
-    const float* const from = a.data + k * a.column;
-    __builtin_prefetch(from + 16 * a.column);
-    if (a.row == 1 && rows == lrn::kTileRows) {
-      std::memcpy(to + k * lrn::kTileRows, from, lrn::kTileRows * sizeof(float));
-    } else {
-      for (int64_t i = 0; i < rows; ++i) {
-        to[k * lrn::kTileRows + i] = from[i * a.row];
-      }
-    }
-  }
-}
-
-// A tile of `columns` columns, kCount vectors or fewer. Where these are no whole vectors, its
-// result is made aside.
-template <int kLanes, int kCount = kVectors<kLanes>>
-LRN_HD void tile(const lrn::Strided& a, const float* b, float* c, int64_t c_row, int64_t rows,
-                 int64_t columns, int64_t depth, bool add, const float* bias) {
-  if constexpr (kCount > 1) {
-    if (columns <= (kCount - 1) * kLanes) {
-      return tile<kLanes, kCount - 1>(a, b, c, c_row, rows, columns, depth, add, bias);
-    }
-  }
-  float aside[lrn::kTileRows * kPanel<kLanes>];
-  const bool whole = columns == kCount * kLanes;
-  float* const to = whole ? c : aside;
-  const int64_t to_row = whole ? c_row : kPanel<kLanes>;
-  for (int64_t i = 0; i < rows && add && !whole; ++i) {
-    std::memcpy(aside + i * to_row, c + i * c_row, columns * sizeof(float));
-  }
-  lrn::multiply_tile<kLanes, kCount>(a, b, kCount * kLanes, to, to_row, rows, depth,
-                                     add ? to : bias, add ? to_row : 0);
-  for (int64_t i = 0; i < rows && !whole; ++i) {
-    std::memcpy(c + i * c_row, aside + i * to_row, columns * sizeof(float));
-  }
-}
-
-template <int kLanes>
-LRN_HD void multiply_blocks(const Matrices& m, float* packed) {
-  const int64_t parts = (m.depth + kDepth - 1) / kDepth, most = (m.depth + parts - 1) / parts;
-  for (int64_t block = 0; block < m.columns; block += kColumns) {
-    const int64_t end = std::min(block + kColumns, m.columns);
-    float bias[kColumns] = {}, copied[lrn::kTileRows * kDepth];
-    if (m.bias != nullptr) {
-      std::memcpy(bias, m.bias + block, (end - block) * sizeof(float));
-    }
-    for (int64_t first = 0; first < m.depth; first += most) {
-      const int64_t depth = std::min(most, m.depth - first);
-      for (int64_t j = block; j < end; j += kPanel<kLanes>) {
-        const lrn::Strided b{m.b.data + j * m.b.row + first * m.b.column, m.b.row, m.b.column};
-        pack<kLanes>(b, std::min(kPanel<kLanes>, end - j), depth, packed + (j - block) * depth);
-      }
-      for (int64_t i = 0; i < m.rows; i += lrn::kTileRows) {
-        const int64_t rows = std::min(lrn::kTileRows, m.rows - i);
-        lrn::Strided a{m.a.data + i * m.a.row + first * m.a.column, m.a.row, m.a.column};
-        if (a.column != 1 && kLanes < 16) {  // narrow tiles would read it too often
-          copy_rows(a, rows, depth, copied);
-          a = {copied, 1, lrn::kTileRows};
-        }
-        for (int64_t j = block; j < end; j += kPanel<kLanes>) {
-          tile<kLanes>(a, packed + (j - block) * depth, m.c + i * m.c_row + j, m.c_row, rows,
-                       std::min(kPanel<kLanes>, end - j), depth, first > 0, bias + j - block);
-        }
-      }
-    }
-  }
-}
-
-#define MULTIPLY(suffix, attribute)                                           \
-  attribute void multiply_blocks_##suffix(const Matrices& m, float* packed) { \
-    multiply_blocks<lrn::kLanes_##suffix>(m, packed);                         \
+#define MULTIPLY(suffix, attribute)                                                \
+  attribute void multiply_blocks_##suffix(const lrn::Matrices& m, float* packed) { \
+    lrn::multiply_blocks<lrn::kLanes_##suffix>(m, packed);                         \
   }
 LRN_EACH_ISA(MULTIPLY)
 
@@ -265,19 +123,19 @@ LRN_EACH_ISA(MULTIPLY)
 Tensor many_rows(const Tensor& input, const Tensor& weight, const OptionalTensor& bias) {
   const OptionalTensor b = bias ? OptionalTensor(bias->contiguous()) : std::nullopt;
   const Tensor y = at::empty({input.size(0), weight.size(0)}, input.options());
-  const Matrices all{{input.const_data_ptr<float>(), input.stride(0), input.stride(1)},
-                     {weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1)},
-                     b ? b->const_data_ptr<float>() : nullptr,
-                     y.data_ptr<float>(),
-                     y.size(1),
-                     y.size(0),
-                     y.size(1),
-                     input.size(1)};
+  const lrn::Matrices all{{input.const_data_ptr<float>(), input.stride(0), input.stride(1)},
+                          {weight.const_data_ptr<float>(), weight.stride(0), weight.stride(1)},
+                          b ? b->const_data_ptr<float>() : nullptr,
+                          y.data_ptr<float>(),
+                          y.size(1),
+                          y.size(0),
+                          y.size(1),
+                          input.size(1)};
   const bool by_row = all.rows >= all.columns;
   const int64_t unit = by_row ? lrn::kTileRows : kUnit;
   const int64_t size = by_row ? all.rows : all.columns, other = by_row ? all.columns : all.rows;
   const auto multiply = [&](int64_t begin, int64_t end) {
-    Matrices part = all;
+    lrn::Matrices part = all;
     const int64_t first = begin * unit, count = std::min(end * unit, size) - first;
     if (by_row) {
       part.rows = count;
@@ -289,8 +147,8 @@ Tensor many_rows(const Tensor& input, const Tensor& weight, const OptionalTensor
       part.c += first;
       part.bias += all.bias == nullptr ? 0 : first;
     }
-    const int64_t columns = std::min(kColumns, (part.columns + 15) / 16 * 16);
-    const auto packed = at::getCPUAllocator()->allocate(columns * std::min(kDepth, all.depth) *
+    const int64_t columns = std::min(lrn::kColumns, (part.columns + 15) / 16 * 16);
+    const auto packed = at::getCPUAllocator()->allocate(columns * std::min(lrn::kDepth, all.depth) *
                                                         static_cast<int64_t>(sizeof(float)));
     LRN_PICK(multiply_blocks, )(part, static_cast<float*>(packed.get()));
   };
