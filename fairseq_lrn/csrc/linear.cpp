@@ -113,9 +113,13 @@ Tensor few_rows(const Tensor& input, const Tensor& weight, const OptionalTensor&
 
 constexpr int64_t kUnit = 64;  // columns that no two threads share
 
+// A tile is a function by itself, or else the compiler runs out of registers.
 #define MULTIPLY(suffix, attribute)                                                \
+  __attribute__((noinline)) attribute void tile_##suffix(const lrn::Tile& t) {     \
+    lrn::multiply_columns<lrn::kLanes_##suffix>(t);                                \
+  }                                                                                \
   attribute void multiply_blocks_##suffix(const lrn::Matrices& m, float* packed) { \
-    lrn::multiply_blocks<lrn::kLanes_##suffix>(m, packed);                         \
+    lrn::multiply_blocks<lrn::kLanes_##suffix>(m, packed, tile_##suffix);          \
   }
 LRN_EACH_ISA(MULTIPLY)
 

@@ -173,33 +173,41 @@ LRN_HD void copy_rows(const Strided& a, int64_t rows, int64_t depth, float* to) 
   }
 }
 
-// A tile of `columns` columns, kCount vectors or fewer. Where these are no whole vectors, its
-// result is made aside.
+// A part of c in kPanel columns or fewer: c += a b if `add`, or else c = a b + bias.
+struct Tile {
+  Strided a;
+  const float *b, *bias;  // b in rows of whole vectors
+  float* c;
+  int64_t c_row, rows, columns, depth;
+  bool add;
+};
+
+// Where the columns are no whole vectors, kCount of them, the result is made aside.
 template <int kLanes, int kCount = kVectors<kLanes>>
-LRN_HD void tile(const Strided& a, const float* b, float* c, int64_t c_row, int64_t rows,
-                 int64_t columns, int64_t depth, bool add, const float* bias) {
+LRN_HD void multiply_columns(const Tile& t) {
   if constexpr (kCount > 1) {
-    if (columns <= (kCount - 1) * kLanes) {
-      return tile<kLanes, kCount - 1>(a, b, c, c_row, rows, columns, depth, add, bias);
+    if (t.columns <= (kCount - 1) * kLanes) {
+      return multiply_columns<kLanes, kCount - 1>(t);
     }
   }
   float aside[kTileRows * kPanel<kLanes>];
-  const bool whole = columns == kCount * kLanes;
-  float* const to = whole ? c : aside;
-  const int64_t to_row = whole ? c_row : kPanel<kLanes>;
-  for (int64_t i = 0; i < rows && add && !whole; ++i) {
-    std::memcpy(aside + i * to_row, c + i * c_row, columns * sizeof(float));
+  const bool whole = t.columns == kCount * kLanes;
+  float* const to = whole ? t.c : aside;
+  const int64_t to_row = whole ? t.c_row : kPanel<kLanes>;
+  for (int64_t i = 0; i < t.rows && t.add && !whole; ++i) {
+    std::memcpy(aside + i * to_row, t.c + i * t.c_row, t.columns * sizeof(float));
   }
-  multiply_tile<kLanes, kCount>(a, b, kCount * kLanes, to, to_row, rows, depth, add ? to : bias,
-                                add ? to_row : 0);
-  for (int64_t i = 0; i < rows && !whole; ++i) {
-    std::memcpy(c + i * c_row, aside + i * to_row, columns * sizeof(float));
+  multiply_tile<kLanes, kCount>(t.a, t.b, kCount * kLanes, to, to_row, t.rows, t.depth,
+                                t.add ? to : t.bias, t.add ? to_row : 0);
+  for (int64_t i = 0; i < t.rows && !whole; ++i) {
+    std::memcpy(t.c + i * t.c_row, aside + i * to_row, t.columns * sizeof(float));
   }
 }
 
-// c = a b^T + bias. `packed` has room for a block of b, in whole vectors.
+// c = a b^T + bias. `packed` has room for a block of b, in whole vectors; `multiply` computes a
+// tile.
 template <int kLanes>
-LRN_HD void multiply_blocks(const Matrices& m, float* packed) {
+LRN_HD void multiply_blocks(const Matrices& m, float* packed, void (*multiply)(const Tile&)) {
   const int64_t parts = (m.depth + kDepth - 1) / kDepth, most = (m.depth + parts - 1) / parts;
   for (int64_t block = 0; block < m.columns; block += kColumns) {
     const int64_t end = std::min(block + kColumns, m.columns);
@@ -221,8 +229,8 @@ LRN_HD void multiply_blocks(const Matrices& m, float* packed) {
           a = {copied, 1, kTileRows};
         }
         for (int64_t j = block; j < end; j += kPanel<kLanes>) {
-          tile<kLanes>(a, packed + (j - block) * depth, m.c + i * m.c_row + j, m.c_row, rows,
-                       std::min(kPanel<kLanes>, end - j), depth, first > 0, bias + j - block);
+          multiply({a, packed + (j - block) * depth, bias + j - block, m.c + i * m.c_row + j,
+                    m.c_row, rows, std::min(kPanel<kLanes>, end - j), depth, first > 0});
         }
       }
     }
