@@ -1,8 +1,6 @@
 // Multi-head attention of short sequences on the CPU, and its derivative. A sentence's head is
 // copied into the processor's cache, as rows of whole vectors, and does not leave it.
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <torch/csrc/autograd/autograd_not_implemented_fallback.h>
 #include <torch/csrc/autograd/custom_function.h>

@@ -1,6 +1,5 @@
 // Dropout on the CPU whose mask is computed again where it is needed, and so never stored.
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/ones_like.h>
 #include <torch/csrc/autograd/custom_function.h>

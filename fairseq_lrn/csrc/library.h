@@ -6,6 +6,7 @@
 //   LRN_LIBRARY_IMPL(CPU, m) { m.impl("name", function); }
 #pragma once
 
+#include <ATen/core/dispatch/Dispatcher.h>
 #include <torch/library.h>
 
 #include <optional>

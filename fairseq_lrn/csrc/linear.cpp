@@ -1,9 +1,7 @@
 // A linear layer that knows two shortcuts. For few rows, with AVX-512, it takes as long as reading
 // the weights once, up to half as long as the BLAS. For more, with AVX2 too, on other processors
 // than Intel's, it copies the second matrix block by block.
-#include <ATen/Context.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/dispatch/Dispatcher.h>
 #include <ATen/ops/empty.h>
 #include <ATen/ops/linear.h>
 #include <torch/csrc/autograd/custom_function.h>
