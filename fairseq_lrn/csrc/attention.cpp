@@ -54,19 +54,19 @@ struct Buffers {
       : width((size.dim + kAlign - 1) / kAlign * kAlign),
         length((size.positions + kAlign - 1) / kAlign * kAlign) {
     const int64_t queries = std::min(kBlock, size.steps * (size.rows / size.sentences));
-    const int64_t s = size.positions * width, d = size.dim * length, b = backward;
+    const int64_t s = length * width, b = backward;
     const std::pair<float**, int64_t> parts[] = {{&query, queries * width},
                                                  {&result, queries * width},
                                                  {&scores, queries * length},
                                                  {&keys, s},
                                                  {&values, s},
-                                                 {&keys_t, d},
+                                                 {&keys_t, s},
                                                  {&kept, length},
                                                  {&grad, b * queries * width},
                                                  {&grad_scores, b * queries * length},
                                                  {&grad_keys, b * s},
                                                  {&grad_values, b * s},
-                                                 {&values_t, b * d}};
+                                                 {&values_t, b * s}};
     int64_t total = 0;
     for (const auto& part : parts) {
       total += part.second;
@@ -87,9 +87,10 @@ LRN_HD void copy(To* to, const From* from, int64_t size) {
   }
 }
 
-// Scores, in base 2, to probabilities. A row with nothing but padding gets zeros.
+// Products to probabilities: scores are products times scale, in base 2. A row with nothing but
+// padding gets zeros.
 template <int kLanes>
-LRN_HD void softmax(float* row, const float* kept, int64_t length) {
+LRN_HD void softmax(float* row, const float* kept, int64_t length, float scale) {
   typedef lrn::Floats<kLanes> V;
   const V lowest = V{} + std::numeric_limits<float>::lowest();
   V maxima = lowest, sums{};
@@ -99,15 +100,15 @@ LRN_HD void softmax(float* row, const float* kept, int64_t length) {
   }
   const float maximum = lrn::maximum<kLanes>(maxima);
   for (int64_t s = 0; s < length; s += kLanes) {
-    const V weight = lrn::exp2<kLanes>(lrn::load<kLanes>(row + s) - maximum);
+    const V weight = lrn::exp2<kLanes>((lrn::load<kLanes>(row + s) - maximum) * scale);
     const V found = lrn::load<kLanes>(kept + s) != 0 ? weight : V{};
     lrn::store(row + s, found);
     sums += found;
   }
   const float sum = lrn::sum<kLanes>(sums);
-  const float scale = sum < 0.5f ? 0 : 1 / sum;  // else it is at least 1, or not a number
+  const float share = sum < 0.5f ? 0 : 1 / sum;  // else it is at least 1, or not a number
   for (int64_t s = 0; s < length; s += kLanes) {
-    const V found = lrn::load<kLanes>(row + s) * scale;
+    const V found = lrn::load<kLanes>(row + s) * share;
     lrn::store(row + s, found);
   }
 }
@@ -137,13 +138,11 @@ LRN_HD void attend(const Arguments<T>& a, const Buffers& m, int64_t pair) {
     const int64_t from = (pair * positions + s) * dim;
     copy(m.keys + s * width, a.keys + from, dim);
     copy(m.values + s * width, a.values + from, dim);
-    for (int64_t j = 0; j < dim; ++j) {
-      m.keys_t[j * length + s] = m.keys[s * width + j] * (scale * log2_e);
-      if constexpr (kBackward) {
-        m.values_t[j * length + s] = m.values[s * width + j];
-      }
-    }
     m.kept[s] = a.padding_mask == nullptr || a.padding_mask[sentence * positions + s] == 0;
+  }
+  lrn::pack<kLanes>({m.keys, width, 1}, length, width, m.keys_t);
+  if constexpr (kBackward) {
+    lrn::pack<kLanes>({m.values, width, 1}, length, width, m.values_t);
   }
   // A query is a row of the sentence at a step.
   const auto place = [&](int64_t i) {
@@ -161,7 +160,7 @@ LRN_HD void attend(const Arguments<T>& a, const Buffers& m, int64_t pair) {
     lrn::multiply<kLanes>({m.query, width, 1}, m.keys_t, length, m.scores, length, count, dim,
                           length);
     for (int64_t i = 0; i < count; ++i) {
-      softmax<kLanes>(m.scores + i * length, m.kept, length);
+      softmax<kLanes>(m.scores + i * length, m.kept, length, scale * log2_e);
     }
     if constexpr (kBackward) {
       const bool add = first > 0;

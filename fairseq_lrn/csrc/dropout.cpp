@@ -9,7 +9,7 @@
 
 #include "isa.h"
 #include "library.h"
-#include "lrn_cell.h"
+#include "simd.h"
 
 namespace {
 
@@ -20,28 +20,42 @@ constexpr int64_t kBlock = 8 * kCounters;  // elements of so many; each has 16 r
 constexpr int64_t kGrain = 1 << 16;        // elements worth a thread
 
 // Philox4x32-10 (Salmon et al. 2011), which PyTorch uses on CUDA devices, of kCounters counters.
+// Each number is the lower half of a 64-bit lane, whose upper half means nothing.
+template <int kLanes>
 LRN_HD void random_bits(uint64_t seed, uint64_t first, uint16_t* bits) {
-  uint32_t x[4][kCounters];
+  typedef lrn::Longs<kLanes> V;
+  constexpr int kCount = kLanes / 2;
+  uint64_t counters[kCounters];
   for (int64_t i = 0; i < kCounters; ++i) {
-    const uint64_t counter = first + i;
-    x[0][i] = static_cast<uint32_t>(counter);
-    x[1][i] = static_cast<uint32_t>(counter >> 32);
-    x[2][i] = 0;
-    x[3][i] = 0;
+    counters[i] = first + i;
   }
-  uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
-  for (int round = 0; round < 10; ++round) {
-    for (int64_t i = 0; i < kCounters; ++i) {
-      const uint64_t a = uint64_t{0xD2511F53} * x[0][i], b = uint64_t{0xCD9E8D57} * x[2][i];
-      x[0][i] = static_cast<uint32_t>(b >> 32) ^ x[1][i] ^ key[0];
-      x[2][i] = static_cast<uint32_t>(a >> 32) ^ x[3][i] ^ key[1];
-      x[1][i] = static_cast<uint32_t>(b);
-      x[3][i] = static_cast<uint32_t>(a);
+  for (int64_t i = 0; i < kCounters; i += 2 * kCount) {  // two vectors hide each other's latency
+    V x[2][4];
+    for (int vector = 0; vector < 2; ++vector) {
+      std::memcpy(x[vector], counters + i + vector * kCount, sizeof(V));
+      x[vector][1] = x[vector][0] >> 32;
+      x[vector][2] = x[vector][3] = V{};
     }
-    key[0] += 0x9E3779B9;
-    key[1] += 0xBB67AE85;
+    uint32_t key[2] = {static_cast<uint32_t>(seed), static_cast<uint32_t>(seed >> 32)};
+    for (int round = 0; round < 10; ++round) {
+      for (V* y : {x[0], x[1]}) {
+        const V a = lrn::multiply_low<kLanes>(y[0], 0xD2511F53);
+        const V b = lrn::multiply_low<kLanes>(y[2], 0xCD9E8D57);
+        y[0] = (b >> 32) ^ y[1] ^ key[0];
+        y[2] = (a >> 32) ^ y[3] ^ key[1];
+        y[1] = b;
+        y[3] = a;
+      }
+      key[0] += 0x9E3779B9;
+      key[1] += 0xBB67AE85;
+    }
+    for (int number = 0; number < 4; ++number) {
+      for (int vector = 0; vector < 2; ++vector) {
+        lrn::store_low<kLanes>(bits + 2 * (number * kCounters + i + vector * kCount),
+                               x[vector][number]);
+      }
+    }
   }
-  std::memcpy(bits, x, sizeof(x));
 }
 
 // Elements whose bits are below `drop` become zero, others are multiplied by `scale`.
@@ -55,17 +69,17 @@ struct Arguments {
   float scale;
 };
 
-template <typename T>
+template <int kLanes, typename T>
 LRN_HD void drop(const Arguments<T>& a, int64_t begin, int64_t end) {
   uint16_t bits[kBlock];
   float factors[kBlock];
   const int32_t drop = a.drop;
   const float scale = a.scale;
   for (int64_t block = begin; block < end; ++block) {
-    random_bits(a.seed, static_cast<uint64_t>(block * kCounters), bits);
+    random_bits<kLanes>(a.seed, static_cast<uint64_t>(block * kCounters), bits);
     const int64_t first = block * kBlock, count = std::min(kBlock, a.size - first);
     for (int64_t i = 0; i < kBlock; ++i) {
-      factors[i] = static_cast<float>(static_cast<int32_t>(bits[i]) >= drop) * scale;
+      factors[i] = static_cast<int32_t>(bits[i]) >= drop ? scale : 0.0f;
     }
     for (int64_t i = 0; i < count; ++i) {  // a NaN stays one
       a.output[first + i] = static_cast<T>(static_cast<float>(a.input[first + i]) * factors[i]);
@@ -76,7 +90,7 @@ LRN_HD void drop(const Arguments<T>& a, int64_t begin, int64_t end) {
 #define DROP(suffix, attribute)                                                     \
   template <typename T>                                                             \
   attribute void drop_##suffix(const Arguments<T>& a, int64_t begin, int64_t end) { \
-    drop(a, begin, end);                                                            \
+    drop<lrn::kLanes_##suffix>(a, begin, end);                                      \
   }
 LRN_EACH_ISA(DROP)
 

@@ -22,6 +22,7 @@ struct Simd {
   typedef float Floats __attribute__((vector_size(kLanes * sizeof(float))));
   typedef int32_t Ints __attribute__((vector_size(kLanes * sizeof(int32_t))));
   typedef int16_t Shorts __attribute__((vector_size(kLanes * sizeof(int32_t))));  // two in a lane
+  typedef uint64_t Longs __attribute__((vector_size(kLanes * sizeof(int32_t))));  // half as many
 };
 template <int kLanes>
 using Floats = typename Simd<kLanes>::Floats;
@@ -29,6 +30,8 @@ template <int kLanes>
 using Ints = typename Simd<kLanes>::Ints;
 template <int kLanes>
 using Shorts = typename Simd<kLanes>::Shorts;
+template <int kLanes>
+using Longs = typename Simd<kLanes>::Longs;
 
 // The same bits as another type.
 template <typename To, typename From>
@@ -117,6 +120,30 @@ LRN_HD void store_bytes(void* to, const Ints<kLanes>& v) {
     bytes = __builtin_convertvector(v, Bytes);
   }
   std::memcpy(to, &bytes, sizeof(bytes));
+}
+
+// The product of each lane's lower half and b.
+template <int kLanes>
+LRN_HD Longs<kLanes> multiply_low(const Longs<kLanes>& a, uint32_t b) {
+#if defined(__x86_64__)
+  Longs<kLanes> product = Longs<kLanes>{} + b;
+  if constexpr (kLanes > 4) {
+    asm("vpmuludq %1, %0, %0" : "+v"(product) : "v"(a));
+  } else {
+    asm("pmuludq %1, %0" : "+x"(product) : "x"(a));
+  }
+  return product;
+#else
+  return (a & 0xffffffff) * b;
+#endif
+}
+
+// Writes the lower half of each lane.
+template <int kLanes>
+LRN_HD void store_low(void* to, const Longs<kLanes>& v) {
+  typedef uint32_t Halves __attribute__((vector_size(kLanes / 2 * sizeof(uint32_t))));
+  const Halves halves = __builtin_convertvector(v, Halves);
+  std::memcpy(to, &halves, sizeof(halves));
 }
 
 // Lets no compiler make one operation, which rounds once, of a product and a sum.
