@@ -5,9 +5,11 @@ from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..modules.linear import project
+from ..ops._library import eager
 from .base import (
     build_adaptive_softmax,
     build_output_projection,
@@ -18,6 +20,31 @@ from .base import (
 )
 from .encoder_decoder import Decoder
 from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
+
+
+def split_by_length(tokens: Tensor, padding_idx: int, width: int) -> List[Tuple[Tensor, int]]:
+    """Split a batch where that saves the most padding: into its shorter and its longer sentences.
+
+    Args:
+        tokens: (B, T) token ids, with padding at the end
+        padding_idx: that of padding
+        width: of a position's vector, a measure of the time it takes
+
+    Returns:
+        the indices of each part's sentences, and the length of its longest one; no parts if that saves too
+        little
+    """
+    if tokens.numel() * width < 2**15:
+        return []
+    ends = torch.arange(1, tokens.size(1) + 1)
+    lengths, order = (tokens.ne(padding_idx) * ends).amax(1).clamp(min=1).sort()
+    saved = torch.arange(1, len(tokens) + 1) * (tokens.size(1) - lengths)
+    last = int(saved.argmax())
+    if int(saved[last]) * 32 < tokens.numel() or int(saved[last]) * width < 2**15:
+        return []
+    shorter, longer = order[: last + 1], order[last + 1 :]
+    parts = [(shorter, int(lengths[last])), (longer, int(lengths[-1]))]
+    return [part for part in parts if len(part[0]) > 0]
 
 
 class LRNDecoder(Decoder):
@@ -48,6 +75,8 @@ class LRNDecoder(Decoder):
         self.alignment_heads = cfg.alignment_heads or cfg.decoder_attention_heads
         self.learns_alignments = False  # whether training needs attention
         self.compiled = bool(cfg.compile)
+        # DistributedDataParallel knows one gradient of a parameter; checkpointed parts would give it two
+        self.splits = not (cfg.checkpoint_activations or cfg.compile)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.translator: Any = None
 
@@ -94,6 +123,13 @@ class LRNDecoder(Decoder):
             alignment_layer = self.alignment_layer
         if alignment_heads is None:
             alignment_heads = self.alignment_heads
+        if not torch.jit.is_scripting():
+            whole = incremental_state is not None or need_attn or return_all_hiddens
+            whole = whole or prev_output_tokens.size(0) != encoder_x.size(1)
+            if self.splits and not whole and prev_output_tokens.device.type == "cpu" and eager():
+                parts = split_by_length(prev_output_tokens, self.padding_idx, encoder_x.size(2))
+                if parts:
+                    return self._extract_parts(parts, prev_output_tokens, encoder_x, encoder_padding_mask)
 
         states: Optional[Tensor] = None
         keys_values: Optional[Tensor] = None
@@ -140,6 +176,18 @@ class LRNDecoder(Decoder):
         if not return_all_hiddens:
             inner_states = torch.jit.annotate(List[Optional[Tensor]], [])
         return x, {"attn": [attn], "inner_states": inner_states}
+
+    def _extract_parts(self, parts, tokens: Tensor, encoder_x: Tensor, encoder_padding_mask):
+        features = []
+        for sentences, steps in parts:
+            encoder_out = {"encoder_out": [encoder_x.index_select(1, sentences)], "encoder_padding_mask": []}
+            if encoder_padding_mask is not None:
+                encoder_out["encoder_padding_mask"] = [encoder_padding_mask[sentences]]
+            # not self.extract_features: what a subclass does to the features, it does to the batch
+            x, extra = LRNDecoder.extract_features(self, tokens[sentences, :steps], encoder_out)
+            features.append(F.pad(x, (0, 0, 0, tokens.size(1) - steps)))
+        order = torch.cat([sentences for sentences, _ in parts]).argsort()
+        return torch.cat(features).index_select(0, order), extra
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V). With adaptive softmax the criterion does this."""

@@ -91,6 +91,83 @@ def test_batch_mates_do_not_matter(device, left, cell):
     assert_batch_mates_do_not_matter(model, left)
 
 
+def widths(model):
+    """Steps and sentences of each call of the decoder's first layer, from now on."""
+    found = []
+    model.decoder.layers[0].register_forward_pre_hook(lambda _, args: found.append(tuple(args[0].shape[:2])))
+    return found
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("device", DEVICES)
+def test_training_decodes_short_and_long_sentences_apart(device, cell):
+    model = build(device=device, cell=cell, dropout=0.0)
+    generator = torch.Generator().manual_seed(3)
+    lengths = [
+        int(n) for n in torch.tensor([4] * 60 + [3] * 10 + [50] * 20)[torch.randperm(90, generator=generator)]
+    ]
+    pad = model.encoder.padding_idx
+    source = sentences([n // 2 + 1 for n in lengths], pad).to(device)
+    target = sentences(lengths, pad, seed=2).to(device)
+    found = widths(model)
+    features, gradients = [], []
+    for training in (False, True):
+        model.train(training)
+        y, extra = model(source, None, target, features_only=True)
+        assert y.shape == (90, 50, 16)
+        y = y[target.ne(pad)]
+        model.zero_grad()
+        y.square().sum().backward()
+        features.append(y)
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    split = [(50, 90), (4, 70), (50, 20)] if device == "cpu" else [(50, 90)] * 2
+    assert found == split and extra["attn"] == [None]
+    torch.testing.assert_close(features[1], features[0])
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-4, atol=1e-4)
+
+
+def test_batch_is_split_only_where_that_saves_padding():
+    model = build(dropout=0.0).train()
+    pad = model.encoder.padding_idx
+    found = widths(model)
+
+    def calls(lengths, left=False, more=0, **options):
+        found.clear()
+        target = torch.nn.functional.pad(sentences(lengths, pad, left), (0, more), value=pad)
+        y, _ = model(sentences([3] * len(lengths), pad), None, target, **options)
+        assert y.shape[:2] == target.shape
+        return found.copy()
+
+    short_and_long = [4] * 70 + [50] * 20
+    assert calls(short_and_long) == [(4, 70), (50, 20)]
+    assert calls([50] * 89 + [49]) == [(50, 90)]  # saves one position
+    assert calls([4] * 7 + [50] * 2) == [(50, 9)]  # takes no time anyway
+    assert calls(short_and_long, left=True) == [(50, 90)]
+    assert calls([30] * 90, more=50) == [(30, 90)]  # as --required-seq-len-multiple pads
+    assert calls(short_and_long, return_all_hiddens=True) == [(50, 90)]
+    model.decoder.learns_alignments = True
+    assert calls(short_and_long) == [(50, 90)]
+    assert not build(checkpoint_activations=True).decoder.splits
+
+
+def test_subclass_sees_the_whole_batch():
+    class Doubled(type(build().decoder)):
+        def extract_features(self, *args, **kwargs):
+            x, extra = super().extract_features(*args, **kwargs)
+            return 2 * x, extra
+
+    model = build(dropout=0.0)
+    pad = model.encoder.padding_idx
+    lengths = [4] * 70 + [50] * 20
+    source, target = sentences([3] * 90, pad), sentences(lengths, pad)
+    expected = 2 * model(source, None, target, features_only=True)[0]
+    model.decoder.__class__ = Doubled
+    found = widths(model)
+    y, _ = model.train()(source, None, target, features_only=True)
+    assert len(found) == 2
+    torch.testing.assert_close(y[target.ne(pad)], expected[target.ne(pad)])
+
+
 def test_left_padded_target_gives_the_same_scores():
     assert_left_padded_target_gives_the_same_scores(build())
 
