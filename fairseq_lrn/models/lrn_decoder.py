@@ -28,7 +28,7 @@ def split_by_length(tokens: Tensor, padding_idx: int, width: int) -> List[Tuple[
     Args:
         tokens: (B, T) token ids, with padding at the end
         padding_idx: that of padding
-        width: of a position's vector, a measure of the time it takes
+        width: of a position's vector, a measure of the time that it takes
 
     Returns:
         the indices of each part's sentences, and the length of its longest one; no parts if that saves too
@@ -36,9 +36,9 @@ def split_by_length(tokens: Tensor, padding_idx: int, width: int) -> List[Tuple[
     """
     if tokens.numel() * width < 2**15:
         return []
-    ends = torch.arange(1, tokens.size(1) + 1)
+    ends = torch.arange(1, tokens.size(1) + 1, device=tokens.device)
     lengths, order = (tokens.ne(padding_idx) * ends).amax(1).clamp(min=1).sort()
-    saved = torch.arange(1, len(tokens) + 1) * (tokens.size(1) - lengths)
+    saved = torch.arange(1, len(tokens) + 1, device=tokens.device) * (tokens.size(1) - lengths)
     last = int(saved.argmax())
     if int(saved[last]) * 32 < tokens.numel() or int(saved[last]) * width < 2**15:
         return []
@@ -75,8 +75,9 @@ class LRNDecoder(Decoder):
         self.alignment_heads = cfg.alignment_heads or cfg.decoder_attention_heads
         self.learns_alignments = False  # whether training needs attention
         self.compiled = bool(cfg.compile)
-        # DistributedDataParallel knows one gradient of a parameter; checkpointed parts would give it two
-        self.splits = not (cfg.checkpoint_activations or cfg.compile)
+        # These layers may run only once: DistributedDataParallel takes one gradient of what is checkpointed,
+        # and quantization noise adds up.
+        self.splits = not (cfg.checkpoint_activations or cfg.compile or cfg.quant_noise_pq > 0)
         self.layer_norm = nn.LayerNorm(embed_dim)
         self.translator: Any = None
 
@@ -123,13 +124,6 @@ class LRNDecoder(Decoder):
             alignment_layer = self.alignment_layer
         if alignment_heads is None:
             alignment_heads = self.alignment_heads
-        if not torch.jit.is_scripting():
-            whole = incremental_state is not None or need_attn or return_all_hiddens
-            whole = whole or prev_output_tokens.size(0) != encoder_x.size(1)
-            if self.splits and not whole and prev_output_tokens.device.type == "cpu" and eager():
-                parts = split_by_length(prev_output_tokens, self.padding_idx, encoder_x.size(2))
-                if parts:
-                    return self._extract_parts(parts, prev_output_tokens, encoder_x, encoder_padding_mask)
 
         states: Optional[Tensor] = None
         keys_values: Optional[Tensor] = None
@@ -143,6 +137,14 @@ class LRNDecoder(Decoder):
             padding_mask = find_padding(prev_output_tokens, self.padding_idx, self.compiled)
 
         x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
+        if not torch.jit.is_scripting():
+            whole = incremental_state is not None or need_attn or return_all_hiddens
+            whole = whole or x.size(1) != encoder_x.size(1)
+            if self.splits and not whole and x.device.type == "cpu" and eager():
+                parts = split_by_length(prev_output_tokens, self.padding_idx, x.size(2))
+                if parts:
+                    x = self._decode_parts(parts, prev_output_tokens, x, encoder_x, encoder_padding_mask)
+                    return x, {"attn": [None], "inner_states": []}
 
         attn: Optional[Tensor] = None
         inner_states: List[Optional[Tensor]] = [x]
@@ -177,17 +179,19 @@ class LRNDecoder(Decoder):
             inner_states = torch.jit.annotate(List[Optional[Tensor]], [])
         return x, {"attn": [attn], "inner_states": inner_states}
 
-    def _extract_parts(self, parts, tokens: Tensor, encoder_x: Tensor, encoder_padding_mask):
+    def _decode_parts(self, parts, tokens: Tensor, x: Tensor, encoder_x: Tensor, mask: Optional[Tensor]):
         features = []
         for sentences, steps in parts:
-            encoder_out = {"encoder_out": [encoder_x.index_select(1, sentences)], "encoder_padding_mask": []}
-            if encoder_padding_mask is not None:
-                encoder_out["encoder_padding_mask"] = [encoder_padding_mask[sentences]]
-            # not self.extract_features: what a subclass does to the features, it does to the batch
-            x, extra = LRNDecoder.extract_features(self, tokens[sentences, :steps], encoder_out)
-            features.append(F.pad(x, (0, 0, 0, tokens.size(1) - steps)))
+            padding_mask = find_padding(tokens[sentences, :steps], self.padding_idx)
+            part = x[:steps].index_select(1, sentences)
+            memory = encoder_x.index_select(1, sentences)
+            memory_mask = None if mask is None else mask[sentences]
+            for layer in self.layers:
+                part = layer(part, memory, memory_mask, None, padding_mask, None, False)[0]
+            part = self.layer_norm(part).transpose(0, 1)
+            features.append(F.pad(part, (0, 0, 0, tokens.size(1) - steps)))
         order = torch.cat([sentences for sentences, _ in parts]).argsort()
-        return torch.cat(features).index_select(0, order), extra
+        return torch.cat(features).index_select(0, order)
 
     def output_layer(self, features: Tensor) -> Tensor:
         """Map features (B, T, C) to scores (B, T, V). With adaptive softmax the criterion does this."""

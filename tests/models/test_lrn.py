@@ -147,7 +147,8 @@ def test_batch_is_split_only_where_that_saves_padding():
     assert calls(short_and_long, return_all_hiddens=True) == [(50, 90)]
     model.decoder.learns_alignments = True
     assert calls(short_and_long) == [(50, 90)]
-    assert not build(checkpoint_activations=True).decoder.splits
+    for options in ({"checkpoint_activations": True}, {"compile": True}, {"quant_noise_pq": 0.1}):
+        assert not build(**options).decoder.splits
 
 
 def test_subclass_sees_the_whole_batch():
