@@ -192,6 +192,8 @@ def test_side_by_side(recipe):
     assert [float(number) > 0 for row in rows[1:] for number in row[4:]] == [True] * 4
     assert rows[2][:4] == lstm[1]
     assert (recipe.work / "runs/compare/checkpoint_best.pt").exists()
+    assert len(table(recipe(*options[:2], "compare=lstm"))) == 2
+    assert len(table(recipe(*options))) == 3  # the logs of the first comparison are not in the way
     assert recipe("--dry-run", *options).count("fairseq-generate") == 2
     assert "has no scores of lrn, best: train it first" in recipe.refused("compare=lrn")
     write(recipe.work / "runs/compare/best.de", "other translations")
