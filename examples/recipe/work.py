@@ -233,7 +233,7 @@ class Work:
         for file, value in self.outputs(name).items():
             if file not in outputs and self.hash(file) == value:
                 (self.folder / file).unlink()
-        for file in entry.get("logs", ()) if entry is not None else ():
+        for file in (entry or {}).get("logs", ()):
             if file not in made:  # or a later step that makes it would take it for another's
                 (self.folder / file).unlink(missing_ok=True)
         self.steps[name] = {"settings": settings, "inputs": inputs, "outputs": outputs, "logs": logs}

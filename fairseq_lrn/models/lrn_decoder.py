@@ -22,25 +22,25 @@ from .encoder_decoder import Decoder
 from .lrn_layers import LRNDecoderLayer, build_embedding_dropout, build_layers
 
 
-def split_by_length(tokens: Tensor, padding_idx: int, width: int) -> List[Tuple[Tensor, int]]:
+def split_by_length(padding_mask: Tensor, width: int) -> List[Tuple[Tensor, int]]:
     """Split a batch where that saves the most padding: into its shorter and its longer sentences.
 
     Args:
-        tokens: (B, T) token ids, with padding at the end
-        padding_idx: that of padding
+        padding_mask: (B, T), True at padding, which is at the end
         width: of a position's vector, a measure of the time that it takes
 
     Returns:
         the indices of each part's sentences, and the length of its longest one; no parts if that saves too
         little
     """
-    if tokens.numel() * width < 2**15:
+    if padding_mask.numel() * width < 2**15:
         return []
-    ends = torch.arange(1, tokens.size(1) + 1, device=tokens.device)
-    lengths, order = (tokens.ne(padding_idx) * ends).amax(1).clamp(min=1).sort()
-    saved = torch.arange(1, len(tokens) + 1, device=tokens.device) * (tokens.size(1) - lengths)
+    batch, steps = padding_mask.shape
+    ends = torch.arange(1, steps + 1, device=padding_mask.device)
+    lengths, order = (~padding_mask * ends).amax(1).clamp(min=1).sort()
+    saved = torch.arange(1, batch + 1, device=padding_mask.device) * (steps - lengths)
     last = int(saved.argmax())
-    if int(saved[last]) * 32 < tokens.numel() or int(saved[last]) * width < 2**15:
+    if int(saved[last]) * 32 < padding_mask.numel() or int(saved[last]) * width < 2**15:
         return []
     shorter, longer = order[: last + 1], order[last + 1 :]
     parts = [(shorter, int(lengths[last])), (longer, int(lengths[-1]))]
@@ -138,10 +138,9 @@ class LRNDecoder(Decoder):
 
         x = self.dropout_module(self.embed_scale * self.embed_tokens(prev_output_tokens.t()))
         if not torch.jit.is_scripting():
-            whole = incremental_state is not None or need_attn or return_all_hiddens
-            whole = whole or x.size(1) != encoder_x.size(1)
-            if self.splits and not whole and x.device.type == "cpu" and eager():
-                parts = split_by_length(prev_output_tokens, self.padding_idx, x.size(2))
+            whole = need_attn or return_all_hiddens or x.size(1) != encoder_x.size(1) or not self.splits
+            if padding_mask is not None and not whole and x.device.type == "cpu" and eager():
+                parts = split_by_length(padding_mask, x.size(2))
                 if parts:
                     x = self._decode_parts(parts, prev_output_tokens, x, encoder_x, encoder_padding_mask)
                     return x, {"attn": [None], "inner_states": []}

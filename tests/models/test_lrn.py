@@ -91,7 +91,7 @@ def test_batch_mates_do_not_matter(device, left, cell):
     assert_batch_mates_do_not_matter(model, left)
 
 
-def widths(model):
+def calls_of_first_layer(model):
     """Steps and sentences of each call of the decoder's first layer, from now on."""
     found = []
     model.decoder.layers[0].register_forward_pre_hook(lambda _, args: found.append(tuple(args[0].shape[:2])))
@@ -103,13 +103,11 @@ def widths(model):
 def test_training_decodes_short_and_long_sentences_apart(device, cell):
     model = build(device=device, cell=cell, dropout=0.0)
     generator = torch.Generator().manual_seed(3)
-    lengths = [
-        int(n) for n in torch.tensor([4] * 60 + [3] * 10 + [50] * 20)[torch.randperm(90, generator=generator)]
-    ]
+    lengths = torch.tensor([4] * 60 + [3] * 10 + [50] * 20)[torch.randperm(90, generator=generator)].tolist()
     pad = model.encoder.padding_idx
     source = sentences([n // 2 + 1 for n in lengths], pad).to(device)
     target = sentences(lengths, pad, seed=2).to(device)
-    found = widths(model)
+    found = calls_of_first_layer(model)
     features, gradients = [], []
     for training in (False, True):
         model.train(training)
@@ -129,7 +127,7 @@ def test_training_decodes_short_and_long_sentences_apart(device, cell):
 def test_batch_is_split_only_where_that_saves_padding():
     model = build(dropout=0.0).train()
     pad = model.encoder.padding_idx
-    found = widths(model)
+    found = calls_of_first_layer(model)
 
     def calls(lengths, left=False, more=0, **options):
         found.clear()
@@ -163,7 +161,7 @@ def test_subclass_sees_the_whole_batch():
     source, target = sentences([3] * 90, pad), sentences(lengths, pad)
     expected = 2 * model(source, None, target, features_only=True)[0]
     model.decoder.__class__ = Doubled
-    found = widths(model)
+    found = calls_of_first_layer(model)
     y, _ = model.train()(source, None, target, features_only=True)
     assert len(found) == 2
     torch.testing.assert_close(y[target.ne(pad)], expected[target.ne(pad)])
